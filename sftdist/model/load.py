@@ -1,0 +1,107 @@
+"""A causal language model from a folder, the Hub or a bare shape, bound to our attention.
+
+Memory: `from_pretrained` reads a checkpoint shard by shard on every rank, through memory maps. Inside
+`partitioned_init` (ZeRO-3) only rank 0 reads the files, and each rank keeps its share of every weight;
+without it each rank holds the whole model in host memory until the engine takes it over.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sftdist.core.errors import ConfigError, StartupError
+from sftdist.model.attention import register
+
+
+def load_config(path: str | None, revision: str | None, shape: dict[str, Any] | None) -> PreTrainedConfig:
+    """The model's config from its folder or Hub name, or made from a mapping that names its `model_type`."""
+    if path is not None:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    elif shape is not None:
+        config = AutoConfig.for_model(**shape)
+    else:
+        raise ConfigError("model.path and model.shape are both empty: give one of them")
+    config.use_cache = False
+    config.get_text_config(decoder=True).use_cache = False
+    return config
+
+
+def load_model(
+    *,
+    config: PreTrainedConfig,
+    path: str | None,
+    revision: str | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attention: str,
+    activation_checkpointing: bool = False,
+    vocab_rows: int | None = None,
+    partitioned_init: AbstractContextManager[Any] | None = None,
+) -> PreTrainedModel:
+    """A causal language model in `dtype` on the CPU (partitioned inside `partitioned_init`), ready for packed rows.
+
+    `attention` is the name of a backend (`attention.choose`). `vocab_rows` is the number of token ids in use:
+    the vocabulary grows to it where it is smaller, and is never cut. Raises ConfigError for a folder that is
+    no causal language model, StartupError if tied weights are not what the config says.
+    """
+    if init == "pretrained" and path is None:
+        raise ConfigError("model.init=pretrained needs model.path; set model.path, or model.init=random")
+    rows = config.get_text_config(decoder=True).vocab_size
+    grows = vocab_rows is not None and vocab_rows > rows
+    # Growing is done before the weights are partitioned: a partitioned matrix has no rows to append to.
+    context = nullcontext() if grows or partitioned_init is None else partitioned_init
+    settings = {"attn_implementation": register(attention), "dtype": dtype}
+    with context:
+        if init == "pretrained":
+            model = AutoModelForCausalLM.from_pretrained(path, revision=revision, config=config, **settings)
+        else:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, **settings)
+    if grows and vocab_rows is not None:
+        grow_vocabulary(model, vocab_rows)
+    assert_tied_as_configured(model)
+    if activation_checkpointing:
+        enable_checkpointing(model)
+    model.train()
+    return model
+
+
+def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
+    """Append rows to the embeddings and the head; each new row is the mean of the old ones."""
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[old:] = module.weight[:old].mean(dim=0)
+
+
+def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:
+    """Recompute activations layer by layer in the backward pass.
+
+    The non-reentrant variant is the default. The reentrant one needs an input that requires a gradient, which
+    a frozen embedding does not give: under LoRA every adapter of the checkpointed layers would stay at zero.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """True if head and embeddings are one parameter, by identity: equal values or addresses prove nothing."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def assert_tied_as_configured(model: PreTrainedModel) -> None:
+    """Raise StartupError where `tie_word_embeddings` and the parameters disagree."""
+    said = bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
+    if is_tied(model) != said:
+        raise StartupError(
+            f"the config says tie_word_embeddings={said}, but head and embeddings are "
+            f"{'one parameter' if is_tied(model) else 'two parameters'}: correct tie_word_embeddings in the "
+            "model's config.json"
+        )

@@ -1,0 +1,239 @@
+"""The training loss: hidden states at supervised positions, then a chunked linear cross-entropy.
+
+Real chat data supervises 20-70 % of the tokens, so hidden states are gathered before the LM head, and
+the logits of at most `chunk` positions exist at a time. The matmul runs in the compute dtype, softmax
+and sums in float32. `reference_ce` is the plain path beside the fast ones, under the same test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sftdist.model.backends.interface import Documents
+
+IGNORED = -100  # a position without a target
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to the output of its head: times `scale`, then softcap * tanh(x / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> LogitTransform:
+        """Read it from the fields that Gemma, Cohere and Granite use; start-up compares with the model's own logits."""
+        text = config.get_text_config(decoder=True)
+        scale = getattr(text, "logit_scale", None) or 1.0
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        return cls(scale=scale / divisor, softcap=getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        scaled = logits if self.scale == 1.0 else logits * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def backward_(self, gradient: Tensor, transformed: Tensor) -> Tensor:
+        """Turn the gradient of the transformed logits into that of the raw ones, in place."""
+        if self.softcap is not None:
+            gradient.mul_(1.0 - (transformed / self.softcap).square())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+IDENTITY = LogitTransform()
+
+
+class Losses(NamedTuple):
+    """`total`: float32 scalar with the graph, Σ weight * cross-entropy. `tokens`: [N] float32, unweighted, no graph."""
+
+    total: Tensor
+    tokens: Tensor
+
+
+class LossOutput(NamedTuple):
+    """`sum`: float32 scalar with the graph. `per_source`, `counts`: [S] float32, detached: Σ weighted loss, Σ weight."""
+
+    sum: Tensor
+    per_source: Tensor
+    counts: Tensor
+
+
+def reference_ce(
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor | None, transform: LogitTransform = IDENTITY
+) -> Losses:
+    """Cross-entropy with all logits at once: hidden [N,H], targets [N] int64, weights [N] float32 or None."""
+    logits = transform(head(hidden).float())
+    tokens = cross_entropy(logits, targets, reduction="none")
+    return Losses((tokens if weights is None else tokens * weights).sum(), tokens.detach())
+
+
+def chunked_ce(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    weights: Tensor | None,
+    chunk: int,
+    transform: LogitTransform = IDENTITY,
+) -> Losses:
+    """The same as `reference_ce` with the logits of at most `chunk` positions alive.
+
+    A plain linear head takes the fast way, which makes the gradients together with the loss. A head that
+    must be called as a module (ZeRO-3 gathers its weight in a hook; an adapter sits on it) is recomputed
+    in the backward pass instead.
+    """
+    weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+    if _is_plain_linear(head):
+        weight = cast(Tensor, head.weight)
+        total, tokens = _FusedHead.apply(hidden, weight, targets, weights, chunk, transform, torch.is_grad_enabled())
+        return Losses(total, tokens)
+    return _recomputed(hidden, head, targets, weights, chunk, transform)
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """True if the weight can be used directly: no bias, no adapter, not partitioned by ZeRO-3, no fp16.
+
+    fp16 needs the loss scale inside the logits' gradient, which the fast way multiplies in afterwards.
+    """
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    return not hasattr(head.weight, "ds_id") and head.weight.dtype in (torch.float32, torch.bfloat16)
+
+
+class _FusedHead(torch.autograd.Function):
+    """Loss and gradients chunk by chunk in one pass, so that no logits are kept or made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        chunk: int,
+        transform: LogitTransform,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        # float32, or rounding would add up over the chunks
+        wants_weight = grad_enabled and ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        tokens = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = transform((hidden[part] @ weight.T).float())
+            norm = logits.logsumexp(dim=-1, keepdim=True)
+            index = targets[part, None]
+            tokens[part] = (norm - logits.gather(1, index)).squeeze(1)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            gradient = _logit_gradient(logits, norm, index, weights[part, None], transform).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += gradient.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(tokens)
+        return (tokens * weights).sum(), tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        scaled_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        scaled_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return scaled_hidden, scaled_weight, None, None, None, None, None
+
+
+def _logit_gradient(logits: Tensor, norm: Tensor, index: Tensor, weights: Tensor, transform: LogitTransform) -> Tensor:
+    """weight * (softmax - one-hot) through the transform; float32 [n,V]."""
+    gradient = torch.exp(logits - norm)
+    gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+    gradient.mul_(weights)
+    return transform.backward_(gradient, logits)
+
+
+def _recomputed(
+    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, chunk: int, transform: LogitTransform
+) -> Losses:
+    def one(hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        losses = reference_ce(hidden, head, targets, weights, transform)
+        return losses.total, losses.tokens
+
+    parts = zip(hidden.split(chunk), targets.split(chunk), weights.split(chunk), strict=True)
+    results = [checkpoint(one, *part, use_reentrant=False) for part in parts]
+    totals, tokens = zip(*results, strict=True)
+    return Losses(torch.stack(totals).sum(), torch.cat(tokens))
+
+
+class LossModel(nn.Module):
+    """A causal language model (or a PEFT model around one) whose forward is the training loss of one packed row.
+
+    The loss runs inside the module that the engine wraps: under ZeRO-3 the LM head has no weight outside.
+    """
+
+    def __init__(self, model: nn.Module, num_sources: int, chunk: int = 2048) -> None:
+        super().__init__()
+        self.model = model
+        self.num_sources = num_sources
+        self.chunk = chunk
+        self.transform = LogitTransform.of(causal_lm(model).config)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        source: Tensor,
+        weights: Tensor | None = None,
+    ) -> LossOutput:
+        """ids, targets, positions [T] int64, weights [T] float32 or None, cu_seqlens [D+1] int32, source [D] int64."""
+        documents = Documents.of(cu_seqlens)
+        hidden = hidden_states(self.model, ids, positions, documents)
+        index = supervised_positions(targets)
+        weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+        # an ignored position can only be here to keep the graph: its target is any, its weight zero
+        chosen = targets[index]
+        weights = weights[index] * (chosen != IGNORED)
+        head = causal_lm(self.model).get_output_embeddings()
+        losses = chunked_ce(
+            hidden.index_select(0, index), head, chosen.clamp_min(0), weights, self.chunk, self.transform
+        )
+        lengths = cu_seqlens.diff().to(source.device)
+        sources = source.repeat_interleave(lengths, output_size=documents.tokens)[index]
+        empty = torch.zeros(self.num_sources, dtype=torch.float32, device=ids.device)
+        return LossOutput(
+            sum=losses.total,
+            per_source=empty.index_add(0, sources, losses.tokens * weights),
+            counts=empty.index_add(0, sources, weights),
+        )
+
+
+def supervised_positions(targets: Tensor) -> Tensor:
+    """[N] int64 indices with a target; position 0 where there is none, so that the graph and its collectives stay."""
+    index = (targets != IGNORED).nonzero().squeeze(1)
+    return index if len(index) else torch.zeros(1, dtype=torch.int64, device=targets.device)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, also where PEFT has wrapped it."""
+    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
+    return cast(PreTrainedModel, inner)
+
+
+def hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, documents: Documents) -> Tensor:
+    """[T,H]: what the LM head would be given for one packed row."""
+    decoder = causal_lm(model).get_decoder()
+    output = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, **documents.model_arguments())
+    return cast(Tensor, output.last_hidden_state[0])

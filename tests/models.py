@@ -1,0 +1,89 @@
+"""Tiny random models of many architectures, built from their transformers config classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from sftdist.model.load import load_model
+
+VOCABULARY = 128
+WINDOW = 8
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large enough that attention matters in two layers
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_ALTERNATING = ["sliding_attention", "full_attention"]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": WINDOW},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+        "layer_types": _ALTERNATING,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 8,
+        "layer_types": _ALTERNATING,
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": WINDOW},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": _ALTERNATING,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+}
+MIXTURES_OF_EXPERTS = {"gpt_oss", "mixtral", "qwen3_moe"}
+WINDOWED = {"mistral", "gemma2", "gemma3", "phi3", "gpt_oss"}
+
+
+def shape(family: str, **changes: Any) -> dict[str, Any]:
+    """The config of a tiny model as the mapping that `model.shape` takes."""
+    return {**_COMMON, **SHAPES[family], **changes}
+
+
+def tiny_model(family: str, *, seed: int = 0, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+    """A tiny random model in float32, in evaluation mode. Sinks are made large, or they would not matter."""
+    config = AutoConfig.for_model(**shape(family, **changes))
+    model = load_model(config=config, path=None, init="random", seed=seed, attention=attention)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(mean=1.0)
+    return model.eval()

@@ -206,7 +206,7 @@ def _check_json(value: object, path: str) -> None:
             _check_json(item, f"{path}[{i}]")
 
 
-def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
+def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)

@@ -1,0 +1,204 @@
+"""metrics.jsonl: bit-equal figures, cut at the resumed step, whole after a kill; the console; the meter."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from sftdist.training.console import PlainConsole, ProgressConsole, open_console, other_line
+from sftdist.training.meter import Meter, StepFacts, memory_gib
+from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, open_tracker
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_steps(tracker: Tracker, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        tracker.step({"step": step, "loss": 1 / step}, [f"row-{step}", "é"])
+        if step % 2 == 0:
+            tracker.report({"kind": "eval", "step": step, "eval/loss": 2 / step})
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_floats_are_read_back_bit_equal(value: float) -> None:
+    (line,) = written([{"kind": "train", "value": value}])
+    assert struct.pack("d", line["value"]) == struct.pack("d", value)
+
+
+def written(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        sink = JsonLines(Path(folder) / "x.jsonl", resumed_step=0)
+        for line in lines:
+            sink.line(line)
+        sink.close("done")
+        return read(Path(folder) / "x.jsonl")
+
+
+def test_non_finite_figures_stay_json(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "x.jsonl", resumed_step=0)
+    sink.line({"kind": "train", "grad_norm": math.inf, "nested": {"loss": [math.nan, -math.inf]}})
+    sink.close("done")
+    text = (tmp_path / "x.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert float(line["grad_norm"]) == math.inf
+    assert math.isnan(float(line["nested"]["loss"][0]))
+    assert float(line["nested"]["loss"][1]) == -math.inf
+
+
+def test_lines_are_on_disk_as_they_are_written(tmp_path: Path) -> None:
+    tracker = open_tracker(tmp_path, [], resumed_step=0)
+    run_steps(tracker, 1, 3)
+    assert [(line["kind"], line["step"]) for line in read(tmp_path / METRICS)] == [
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+        ("train", 3),
+    ]
+    assert read(tmp_path / ROWS)[1] == {"step": 2, "rows": ["row-2", "é"]}
+
+
+def test_resumed_run_writes_the_same_file(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    tracker = open_tracker(whole, [], resumed_step=0)
+    run_steps(tracker, 1, 9)
+    tracker.close("done")
+    run_steps(open_tracker(broken, [], resumed_step=0), 1, 7)  # killed: never closed
+    with (broken / METRICS).open("a") as file:
+        file.write('{"kind": "train", "step": 8, "lo')
+    tracker = open_tracker(broken, [], resumed_step=4)
+    assert [line["step"] for line in read(broken / METRICS)] == [1, 2, 2, 3, 4, 4]
+    run_steps(tracker, 5, 9)
+    tracker.close("done")
+    for name in (METRICS, ROWS):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_cut_keeps_lines_without_a_step_and_ends_at_garbage(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"kind": "start"}\n{"step": 1}\n{"step": 3}\n{"step": 2}\n\0\0\0\xff\n{"step": 1}\n')
+    cut(file, 2)
+    assert file.read_text() == '{"kind": "start"}\n{"step": 1}\n{"step": 2}\n'
+    cut(file, 0)
+    assert file.read_text() == '{"kind": "start"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_silent_tracker_of_other_ranks() -> None:
+    tracker = Tracker()
+    run_steps(tracker, 1, 2)
+    tracker.sync()
+    tracker.close("done")
+
+
+def console_line(step: int) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "loss": 2.5, "lr": 1.95e-5, "tokens_per_second": 2345.6, "step_seconds": 2.0}
+
+
+def test_plain_console_keeps_a_sensible_rate() -> None:
+    out, now = io.StringIO(), 0.0
+    console = PlainConsole(100, out=out, clock=lambda: now)
+    for step in range(1, 101):
+        now += 2.0
+        console.line(console_line(step))
+    console.line({"kind": "eval", "step": 100, "eval/loss": 2.31, "eval/loss/domain": 1.9})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "step 1/100  loss 2.5000  lr 1.95e-05  2,346 tokens/s  left 0:03:18"
+    assert [int(line.split()[1].split("/")[0]) for line in lines[:-1]] == [*range(1, 6), *range(10, 101, 5)]
+    assert lines[-1] == "eval at step 100: loss 2.3100  domain 1.9000"
+    assert other_line({"kind": "eval", "eval/loss": 1.0}) == "eval: loss 1.0000"
+
+
+def test_last_step_is_always_printed() -> None:
+    out = io.StringIO()
+    console = PlainConsole(8, out=out, clock=lambda: 0.0)
+    for step in range(1, 9):
+        console.line(console_line(step))
+    assert out.getvalue().splitlines()[-1].startswith("step 8/8 ")
+
+
+def test_bar_on_a_terminal_and_lines_elsewhere() -> None:
+    assert isinstance(open_console(10, first_step=0, out=io.StringIO()), PlainConsole)
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=120, color_system=None)
+    bar = ProgressConsole(10, first_step=4, console=terminal)
+    bar.line(console_line(5))
+    bar.line({"kind": "eval", "step": 5, "eval/loss": 2.31})
+    bar.close("done")
+    text = out.getvalue()
+    assert "eval at step 5: loss 2.3100" in text
+    assert " 5/10 loss 2.5000  lr 1.95e-05  2,346 tokens/s" in text
+
+
+FACTS = StepFacts(
+    step=3,
+    lr=0.5,
+    grad_norm=1.25,
+    seconds=2.0,
+    data_wait_seconds=0.125,
+    tokens=4000,
+    supervised_tokens=1000.0,
+    conversations=7,
+    flops=8e9,
+    pack_fill=0.97,
+    rank_balance=0.99,
+    memory_gib=1.5,
+    loss_sums=[1200.0, 800.0, 0.0],
+    loss_weights=[750.0, 250.0, 0.0],
+    denominator=1000.0,
+    rows=["a", "b"],
+)
+
+
+def test_meter_gives_the_line_of_the_design() -> None:
+    line = Meter(("domain", "general", "format"), 1e10).line(FACTS)
+    assert line == {
+        "step": 3,
+        "loss": 2.0,
+        "lr": 0.5,
+        "grad_norm": 1.25,
+        "tokens": 4000,
+        "supervised_tokens": 1000.0,
+        "conversations": 7,
+        "step_seconds": 2.0,
+        "tokens_per_second": 2000.0,
+        "mfu": 0.4,
+        "pack_fill": 0.97,
+        "rank_balance": 0.99,
+        "data_wait_seconds": 0.125,
+        "memory_gib": 1.5,
+        "loss/domain": 1.6,
+        "loss/general": 3.2,
+        "share/domain": 0.75,
+        "share/general": 0.25,
+        "share/format": 0.0,
+        "rows": hashlib.sha256(b"a\nb\n").hexdigest(),
+    }
+
+
+def test_meter_without_a_known_peak_or_a_target() -> None:
+    assert Meter(("domain", "general", "format"), None).line(FACTS)["mfu"] is None
+    with pytest.raises(ValueError, match="argument"):
+        Meter(("domain",), None).line(FACTS)
+
+
+def test_memory_is_the_peak_of_this_process() -> None:
+    before = memory_gib(torch.device("cpu"))
+    block = torch.ones(2**27)
+    after = memory_gib(torch.device("cpu"))
+    assert after - before > 0.4
+    del block
+    assert memory_gib(torch.device("cpu")) >= after

@@ -51,8 +51,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layer_types": _ALTERNATING,
     },
     "phi3": {"model_type": "phi3", "sliding_window": WINDOW},
+    "gpt2": {  # learned positions; rotary ones see differences only
+        "model_type": "gpt2",
+        "n_inner": 48,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
     "gpt_oss": {
         "model_type": "gpt_oss",
+        "initializer_range": 0.1,
         "head_dim": 8,
         "sliding_window": WINDOW,
         "num_local_experts": 4,

@@ -61,7 +61,7 @@ class Losses(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """`sum`: float32 scalar with the graph. `per_source`, `counts`: [S] float32, detached: Σ weighted loss, Σ weight."""
+    """`sum`: float32 scalar with graph. `per_source`, `counts`: [S] float32, no graph: Σ weighted loss, Σ weight."""
 
     sum: Tensor
     per_source: Tensor

@@ -105,18 +105,18 @@ def visible(queries: int, keys: int, offset: int, window: int | None, device: to
 
 
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, arguments: LayerArguments) -> Tensor:
-    """Written out: no fused kernel of torch caps scores. Quadratic memory in the document."""
+    """Written out: no fused kernel of torch caps scores. Scores in float32; quadratic memory in the document."""
     assert arguments.softcap is not None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * arguments.scaling
+    scores = query.float() @ key.float().transpose(2, 3) * arguments.scaling
     scores = torch.tanh(scores / arguments.softcap) * arguments.softcap
     mask = visible(query.shape[2], key.shape[2], 0, arguments.sliding_window, query.device)
     scores = scores.masked_fill(~mask, float("-inf"))
     if arguments.s_aux is not None:
         sink = arguments.s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = torch.softmax(scores, dim=-1).to(query.dtype)[..., : key.shape[2]]
     return torch.dropout(weights, arguments.dropout, arguments.dropout > 0.0) @ value
 
 

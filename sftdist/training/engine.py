@@ -1,0 +1,374 @@
+"""The engine: DeepSpeed ZeRO 1-3, and plain data parallelism, behind few verbs. The only deepspeed import.
+
+One owner of gradient accumulation: a step has any number of micro-batches, the same on every rank, and the caller
+says which is the last. The loss of a micro-batch is a sum; scaled by `world size / global denominator` it makes the
+mean over ranks that every stage reduces with the exact gradient of `total sum / denominator`. DeepSpeed divides by
+nothing: its accumulation count is 1, and its boundary is set for every micro-batch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from sftdist.core.distributed import World
+from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
+from sftdist.data.loader import Batch
+from sftdist.model.loss import IGNORED, LossModel, LossOutput
+from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
+from sftdist.training.replicated import Replicated
+from sftdist.training.zero_config import EngineSpec, deepspeed_config, spec_issues
+
+_LOSS_SCALE_FLOOR = 1.0
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """`grad_norm`: of the reduced gradient, before clipping. `applied` is false only in fp16, after an overflow: the
+    loss scale was halved, the weights are untouched, and the same micro-batches can be run again."""
+
+    grad_norm: float
+    applied: bool
+    loss_scale: float
+
+
+class ParameterState(NamedTuple):
+    """One trainable parameter, gathered: `tensors` holds `value` and the optimizer's moments, float32."""
+
+    name: str
+    tensors: dict[str, Tensor]
+
+
+class Partitioned:
+    """ZeRO 1-3 through DeepSpeed. The same verbs as `Replicated`."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
+        _ensure_process_group()
+        _without_shared_memory_op()
+        self._stage = spec.stage
+        self._fp16 = spec.precision == "fp16"
+        self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # DeepSpeed makes its masters from the weights it has cast, so the float32 values are kept for them.
+        rounded = spec.precision != "fp32"
+        exact = {n: p.data for n, p in self._weights.items() if rounded and not _is_partitioned(p)}
+        decay = decays(module)
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer.build((p, decay[name]) for name, p in self._weights.items()),
+                config=deepspeed_config(spec, world.size),
+            )
+        for name, value in exact.items():
+            if value.dtype == torch.float32:
+                safe_set_full_fp32_param(self._weights[name], value.to(world.device))
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._engine.optimizer.cur_scale) if self._fp16 else 1.0
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        if self._fp16:
+            self._engine.optimizer.loss_scaler.cur_scale = value
+
+    def forward(self, fields: dict[str, Any]) -> Any:
+        return self._engine(**fields)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """The gradient norm before clipping (inf when it is not finite), and whether the update was applied."""
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = self._engine.get_global_grad_norm()
+        return (float(norm) if applied and norm is not None else math.inf), applied
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self._weights
+
+    def value(self, name: str) -> Tensor:
+        return cast(Tensor, safe_get_full_fp32_param(self._weights[name]))
+
+    def moment(self, name: str, key: str) -> Tensor:
+        return cast(Tensor, safe_get_full_optimizer_state(self._weights[name], key))
+
+    @torch.no_grad()
+    def set_value(self, name: str, value: Tensor) -> None:
+        """Set the master, and the weight that the forward uses; `value` is the same on every rank."""
+        parameter = self._weights[name]
+        safe_set_full_fp32_param(parameter, value)
+        with _gathered(parameter, modifier=0):
+            parameter.data.copy_(value)
+
+    def set_moment(self, name: str, key: str, value: Tensor) -> None:
+        safe_set_full_optimizer_state(self._weights[name], value, key)
+
+    def optimizer_states(self) -> Iterator[dict[str, Any]]:
+        return iter(self._engine.basic_optimizer.state.values())
+
+    def frozen_value(self, parameter: nn.Parameter) -> Tensor:
+        with _gathered(parameter):
+            return parameter.detach().clone()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+class Engine:
+    """A loss module under training. Every verb is collective: all ranks call it together."""
+
+    def __init__(self, module: LossModel, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
+        issues = spec_issues(spec)
+        if issues:
+            raise ConfigError(issues)
+        self.module = module
+        self.world = world
+        self.spec = spec
+        self.optimizer = optimizer
+        self.updates = 0  # optimizer updates that were applied
+        kind = Replicated if spec.stage == 0 else Partitioned
+        self._core: Replicated | Partitioned = kind(module, optimizer, spec, world)
+
+    def forward_backward(self, batch: Batch, *, scale: float, last: bool) -> LossOutput:
+        """Loss and gradient of one micro-batch; the gradient of `scale * sum` is added to this step's.
+
+        `scale`: world size / denominator of the whole step. `last`: no further micro-batch comes before `step`.
+        """
+        fields = self._fields(batch)
+        if self.spec.precision == "fp32" or not scale:
+            output = self._core.forward(fields)
+            self._core.backward(output.sum * scale, last)
+            return LossOutput(*(tensor.detach() for tensor in output))
+        # In low precision the scale goes in with the weights: a loss path that makes its gradient in the forward
+        # then rounds it at the same size as one that makes it in the backward, and all stages take the same step.
+        ones = torch.ones(len(fields["targets"]), device=self.world.device)
+        fields["weights"] = scale * (ones if fields["weights"] is None else fields["weights"])
+        output = self._core.forward(fields)
+        self._core.backward(output.sum, last)
+        return LossOutput(*(tensor.detach() / scale for tensor in output))
+
+    def step(self, lr: float) -> StepOutcome:
+        """Update the weights at this learning rate, after the last micro-batch.
+
+        Raises TrainingError on every rank, with the weights untouched, when the gradient is not finite; in fp16 only
+        when the loss scale is at its floor.
+        """
+        scale = self._core.loss_scale
+        norm, applied = self._core.step(lr)
+        if not applied and (self.spec.precision != "fp16" or scale <= _LOSS_SCALE_FLOOR):
+            raise TrainingError(
+                f"step {self.updates + 1}: the gradient norm is {norm}, but it must be finite; no weight was changed. "
+                "Look at the rows of this step (log/rows.jsonl), or lower optimizer.lr or optimizer.max_grad_norm."
+            )
+        self.updates += applied
+        return StepOutcome(grad_norm=norm, applied=applied, loss_scale=scale)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossOutput:
+        """The loss without gradient, dropout off; the module is in its former mode afterwards."""
+        with evaluating(self.module):
+            return LossOutput(*self._core.forward(self._fields(batch)))
+
+    def probe(self, batch: Batch) -> LossOutput:
+        """A real forward and backward of `loss * 0`: the memory of a step, without a trace, not in random state either."""
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            return self.forward_backward(batch, scale=0.0, last=False)
+
+    def parameters(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name in the wrapped model and full float32 tensor, one gathered after another; a tied one comes once."""
+        trained = self._core.trainable()
+        for name, parameter in self.module.named_parameters():
+            if name in trained:
+                yield _outer(name), self._core.value(name)
+            elif not trainable_only:
+                yield _outer(name), self._core.frozen_value(parameter).float()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The full shape of every trainable parameter, in the order of `state`; the same on every rank."""
+        return {_outer(name): full_shape(parameter) for name, parameter in self._core.trainable().items()}
+
+    def state(self) -> Iterator[ParameterState]:
+        """Value and moments of each trainable parameter, gathered on every rank one after another."""
+        self._ensure_moments()
+        for name in self._core.trainable():
+            moments = {key: self._core.moment(name, key) for key in self.optimizer.moments}
+            yield ParameterState(_outer(name), {"value": self._core.value(name), **moments})
+
+    def load_state(self, states: Iterator[ParameterState], *, updates: int, loss_scale: float) -> None:
+        """Put back what `state` gave, on any world size and stage; every rank gives the same tensors.
+
+        Raises CheckpointError when names or shapes are not those of this model.
+        """
+        self._ensure_moments()
+        missing = set(self._core.trainable())
+        for name, tensors in states:
+            inner = _inner(name)
+            if inner not in missing or tensors["value"].shape != full_shape(self._core.trainable()[inner]):
+                raise CheckpointError(
+                    f"{name} {list(tensors['value'].shape)} is no trainable parameter of this model with that shape; "
+                    "the checkpoint was made by another model or another tune.* setting"
+                )
+            missing.remove(inner)
+            self._core.set_value(inner, tensors["value"].to(self.world.device))
+            for key in self.optimizer.moments:
+                self._core.set_moment(inner, key, tensors[key].to(self.world.device))
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {len(missing)} trainable parameters: {sorted(missing)[:5]}")
+        self._set_updates(updates)
+        self._core.loss_scale = loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        return self._core.loss_scale
+
+    def set_masters(self, values: Iterator[tuple[str, Tensor]]) -> None:
+        """Set masters and weights from float32 values, where the model came partitioned in the compute dtype."""
+        for name, value in values:
+            self._core.set_value(_inner(name), value.to(self.world.device))
+
+    def dtypes(self) -> Mapping[str, str]:
+        """What start-up prints: the dtype of the weights in the forward, of the masters and of the moments."""
+        self._ensure_moments()
+        name, parameter = next(iter(self._core.trainable().items()))
+        moments = {key: _dtype(self._core.moment(name, key)) for key in self.optimizer.moments}
+        return {"weights": _dtype(parameter), "masters": _dtype(self._core.value(name)), **moments}
+
+    def close(self) -> None:
+        """Give back what the engine holds in the process; the module is not used afterwards."""
+        self._core.close()
+
+    def _ensure_moments(self) -> None:
+        """Optimizer state is made by the first update: before it, one update of `loss * 0` at rate 0 makes it."""
+        if self.updates or any(True for _ in self._core.optimizer_states()):
+            return
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.forward_backward(_one_token(), scale=0.0, last=True)
+        self._core.step(0.0)
+        self._set_updates(0)
+
+    def _set_updates(self, updates: int) -> None:
+        """AdamW counts its updates for the bias correction, once per tensor."""
+        self.updates = updates
+        for state in self._core.optimizer_states():
+            if "step" in state:
+                state["step"].fill_(updates)
+
+    def _fields(self, batch: Batch) -> dict[str, Any]:
+        moved = batch.to(self.world.device)
+        return {
+            "ids": moved.ids,
+            "targets": moved.targets,
+            "positions": moved.positions,
+            "cu_seqlens": moved.cu_seqlens,
+            "source": moved.source,
+            "weights": moved.weights,
+        }
+
+
+def partitioned_init(spec: EngineSpec, world: World) -> AbstractContextManager[Any]:
+    """The context to build a model in: under ZeRO 3 every parameter is partitioned as soon as it exists."""
+    if spec.stage != 3:
+        return nullcontext()
+    _ensure_process_group()
+    _without_shared_memory_op()
+    return cast(
+        AbstractContextManager[Any], deepspeed.zero.Init(config_dict_or_path=deepspeed_config(spec, world.size))
+    )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the former mode of every submodule after."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _gathered(parameter: nn.Parameter, modifier: int | None = None) -> AbstractContextManager[Any]:
+    """The full parameter inside; with `modifier`, that rank's value is written back to every rank's part."""
+    if not _is_partitioned(parameter):
+        return nullcontext()
+    return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier))
+
+
+def _ensure_process_group() -> None:
+    """DeepSpeed needs a process group and LOCAL_RANK, also for one process."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def _without_shared_memory_op() -> None:
+    """DeepSpeed would compile an op for CPU inference in its first process group, a minute; training never uses it."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _one_token() -> Batch:
+    """The smallest micro-batch: one token without a target."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    ends = torch.tensor([0, 1], dtype=torch.int32)
+    return Batch(
+        ids=zero,
+        targets=torch.full_like(zero, IGNORED),
+        positions=zero,
+        weights=None,
+        cu_seqlens=ends,
+        source=zero,
+        max_seqlen=1,
+        row_ids=[],
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its memory while it starts, and calls functions that torch has renamed."""
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def _outer(name: str) -> str:
+    """A parameter's name in the wrapped model: without the loss module's prefix."""
+    return name.removeprefix("model.")
+
+
+def _inner(name: str) -> str:
+    return f"model.{name}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,293 @@
+"""Ranks: the process group, its reductions, and what happens when one of them fails or is told to stop."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from sftdist.core.errors import ConfigError, SftdistError, StartupError
+from sftdist.core.peers import Peers
+
+# DeepSpeed looks for its accelerator when it is imported, and says loudly that it found none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+TIMEOUT_SECONDS = 1800.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+PARENT_VARIABLE = "SFTDIST_PARENT"  # the process id of the agent that started this process, where it was ours
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its ranks. Every collective is the identity where there is one process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    peers: Peers | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, as a new tensor of the same shape, dtype and device."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def all_reduce_max(self, value: float) -> float:
+        """The largest of every rank's value."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value (picklable), in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value (picklable) on every rank; what the others pass is ignored."""
+        if self.size == 1:
+            return value
+        values = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.all_reduce_max(0.0)
+
+    def agree(self, ok: bool) -> bool:
+        """True where every rank says True."""
+        return self.all_reduce_max(0.0 if ok else 1.0) == 0.0
+
+    def fail(self, text: str) -> bool:
+        """Tell the other ranks that this one cannot go on; they end within seconds. True for the first to say so."""
+        return True if self.peers is None else self.peers.fail(text)
+
+
+def is_worker() -> bool:
+    """True in a process that torchrun (or another launcher that sets RANK) has started."""
+    return "RANK" in os.environ
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted this worker group."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends: a killed torchrun agent leaves no orphans (Linux)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(PARENT_VARIABLE, str(os.getppid())) != str(os.getppid()):  # it died before we could ask
+        os._exit(1)
+
+
+def share_text(key: str, text: str | None, timeout_seconds: float = 300.0) -> str:
+    """Rank 0's text on every rank, through the rendezvous store: it needs no process group.
+
+    Every rank calls it the same number of times per key. Rank 0 gives the text, the others None.
+    Raises StartupError on a rank that waited `timeout_seconds` for it.
+    """
+    if not is_worker():
+        return _given(key, text)
+    store, name = _store(), f"sftdist/{restart_count()}/text/{key}/{_next_use(key)}"
+    if int(os.environ["RANK"]) == 0:
+        store.set(name, _given(key, text))
+        return _given(key, text)
+    try:
+        store.wait([name], timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        raise StartupError(
+            f"rank {os.environ['RANK']} waited {timeout_seconds:.0f} s for {key!r} from rank 0 and got nothing. "
+            "Rank 0 has stopped or is slow to start: its own log says why."
+        ) from error
+    return store.get(name).decode("utf-8")
+
+
+@contextmanager
+def session(timeout_seconds: float = TIMEOUT_SECONDS, device: torch.device | None = None) -> Iterator[World]:
+    """The ranks for the length of a block: process group (gloo, with NCCL on CUDA) and failure watch.
+
+    Reads torchrun's environment; without it the world is one process. `timeout_seconds` bounds every collective.
+    An exception in the block is told to the other ranks, which end within seconds instead of waiting for this one.
+    An existing process group (a script's own) is used and left as it is. Raises ConfigError where this host has
+    fewer GPUs than ranks.
+    """
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    device = device or _device(local_rank)
+    created = not dist.is_initialized()
+    if created:
+        _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
+    peers = Peers.join(rank, size, local_rank, f"sftdist/{restart_count()}") if is_worker() and size > 1 else None
+    world = World(rank, size, local_rank, device, peers)
+    try:
+        yield world
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and not error.code):
+            world.fail(str(error) if isinstance(error, SftdistError) else traceback.format_exc())
+            _leave_within(30.0)
+        raise
+    if peers is not None:
+        peers.leave()
+    if created and size > 1:
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """TERM, USR1, USR2 and INT ask for a stop at the next step boundary; a second INT stops at once.
+
+    torchrun passes a second Ctrl-C on as TERM, so a TERM after an INT stops at once, too. Any other repetition
+    is ignored: a cluster may signal every process of a job and the launcher forwards the same signal again.
+    `on_abort` is called before a stop at once, which ends the process with 130 even inside a blocked collective.
+    """
+
+    def __init__(self, on_abort: Callable[[], None] | None = None) -> None:
+        self._on_abort = on_abort
+        self._requested = False
+        self._seen: Counter[int] = Counter()
+        self._previous: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on, in this process."""
+        return self._requested
+
+    def agreed(self, world: World) -> bool:
+        """True on every rank when any rank was asked to stop. A collective."""
+        return world.all_reduce_max(float(self._requested)) > 0
+
+    def install(self) -> None:
+        """Take the signals over; does nothing outside of the main thread, where Python allows no handlers."""
+        if threading.current_thread() is not threading.main_thread() or self._pipe:
+            return
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._pipe = read, write
+        # Python runs handlers between bytecodes only: a main thread inside a collective would never see the second
+        # Ctrl-C. The C handler writes the number to this pipe at once, and a thread reads it.
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read,), name="stop-signal", daemon=True).start()
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Give the signals back to those who had them."""
+        if self._pipe is None:
+            return
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._pipe[1])
+        self._pipe = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+
+    def _watch(self, read: int) -> None:
+        with os.fdopen(read, "rb", buffering=0) as pipe:
+            while data := pipe.read(1):
+                if data[0] not in STOP_SIGNALS:
+                    continue
+                self._requested = True
+                if stops_at_once(self._seen, data[0]):
+                    self._abort()
+                self._seen[data[0]] += 1
+
+    def _abort(self) -> None:
+        try:
+            if self._on_abort is not None:
+                self._on_abort()
+        finally:
+            os._exit(130)
+
+
+def stops_at_once(seen: Counter[int], number: int) -> bool:
+    """True where `number`, after the signals `seen` so far, means "now" instead of "after this step"."""
+    return seen[signal.SIGINT] > 0 and number in (signal.SIGINT, signal.SIGTERM)
+
+
+_RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_uses: Counter[str] = Counter()
+_session_number = itertools.count()
+
+
+@functools.cache
+def _store() -> dist.Store:
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_SECONDS))))
+    return store
+
+
+def _next_use(key: str) -> int:
+    _uses[key] += 1
+    return _uses[key]
+
+
+def _given(key: str, text: str | None) -> str:
+    if text is None:
+        raise ValueError(f"share_text({key!r}): rank 0 gives the text, got None")
+    return text
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks were started on a host with {gpus} GPUs; each rank needs a GPU of its own. "
+            f"Start with --nproc-per-node {gpus}."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _init_process_group(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = _store() if is_worker() else dist.HashStore()
+    prefix = f"sftdist/{restart_count()}/group/{next(_session_number)}"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(prefix, store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _leave_within(seconds: float) -> None:
+    """End the process even if its clean-up waits for a dead peer."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,210 @@
+"""Rendering a conversation with a chat template, exactly as transformers and the serving engines do.
+
+The template is compiled once. The clock is stopped (templates that print today's date would give another store
+every day), and how a template wants its input (text or parts, arguments as object or as text) is found by rendering
+sentinels, once per structure of a conversation, so a template that drops a field is seen and named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Template
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from sftdist.data.message import Message
+
+CLOCK = datetime(
+    2024, 7, 26
+)  # what `strftime_now` says in every render: the day that Llama 3.1's template falls back to
+# A template is a program of strangers: what it may raise on a conversation that it does not support.
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+DROPPED_ADVICE = "use a template that renders it, or take the field out of the data"
+MAX_STRUCTURES = 4096  # cached ones; data with more different structures is rendered right, only slower
+
+# Per message: role, has content, has reasoning, number of tool calls.
+Structure = tuple[tuple[str, bool, bool, int], ...]
+PLAIN: Structure = (("user", True, False, 0), ("assistant", True, False, 0))
+
+
+class Unproven(Exception):
+    """Why a conversation, or one turn of it, cannot be supervised; `reason` is the short key that problems share."""
+
+    def __init__(self, reason: str, detail: str, turn: int | None = None) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.turn = reason, detail, turn
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a template wants what its authors never agreed on."""
+
+    parts: bool = False  # content as [{"type": "text", "text": ...}], the form of vision models
+    arguments_as_text: bool = False  # tool call arguments as a JSON string
+    omit_empty: bool = False  # no `content` key in a turn that only calls tools
+
+
+DIALECTS = (
+    Dialect(),
+    Dialect(omit_empty=True),
+    Dialect(arguments_as_text=True),
+    Dialect(arguments_as_text=True, omit_empty=True),
+    Dialect(parts=True),
+    Dialect(parts=True, omit_empty=True),
+)
+
+
+def as_dict(message: Message, dialect: Dialect) -> dict[str, Any]:
+    """The mapping that a template sees; reasoning under both names that templates read (as transformers gives it)."""
+    given: dict[str, Any] = {"role": message.role}
+    if message.content or not (dialect.omit_empty and message.tool_calls):
+        given["content"] = [{"type": "text", "text": message.content}] if dialect.parts else message.content
+    if message.reasoning is not None:
+        given["reasoning_content"] = given["thinking"] = message.reasoning
+    if message.tool_calls:
+        calls = message.tool_calls
+        given["tool_calls"] = [_with_text_arguments(c) for c in calls] if dialect.arguments_as_text else list(calls)
+    if message.name is not None:
+        given["name"] = message.name
+    if message.tool_call_id is not None:
+        given["tool_call_id"] = message.tool_call_id
+    return given
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+class Renderer:
+    """A compiled chat template with its constant arguments (special tokens, the user's own); not picklable."""
+
+    def __init__(self, text: str, constants: Mapping[str, Any]) -> None:
+        self._template: Template = _compile_jinja_template(text)
+        self._constants = {"documents": None, **constants, "strftime_now": CLOCK.strftime}
+        self._dialects: dict[tuple[Structure, bool, bool], Dialect | Unproven] = {}
+
+    def raw(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], *, prompt: bool = False) -> str:
+        """Render mappings; `prompt` adds the generation prompt. Raises what the template raises (RENDER_ERRORS)."""
+        return self._template.render(
+            messages=messages, tools=list(tools) or None, add_generation_prompt=prompt, **self._constants
+        )
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], *, prompt: bool = False) -> str:
+        """Render mappings; `Unproven` when the template refuses them."""
+        try:
+            return self.raw(messages, tools, prompt=prompt)
+        except RENDER_ERRORS as problem:
+            raise Unproven(*refused_by_template(problem)) from problem
+
+    def dialect(self, messages: Sequence[Message], *, tools: bool, prompt: bool = False) -> Dialect:
+        """The first dialect in which every field of such a conversation reaches the render.
+
+        `Unproven` if there is none: the template refuses the structure, or drops a field in every dialect.
+        """
+        structure = tuple((m.role, bool(m.content), m.reasoning is not None, len(m.tool_calls)) for m in messages)
+        key = (structure, tools, prompt)
+        found = self._dialects.get(key)
+        if found is None:
+            if len(self._dialects) >= MAX_STRUCTURES:
+                self._dialects.clear()
+            found = self._dialects[key] = self._try_dialects(structure, tools, prompt)
+        if isinstance(found, Unproven):
+            raise Unproven(found.reason, found.detail)
+        return found
+
+    def _try_dialects(self, structure: Structure, tools: bool, prompt: bool) -> Dialect | Unproven:
+        messages, sentinels = sentinel_messages(structure)
+        tool_list = [sentinel_tool()] if tools else []
+        if tools:
+            sentinels = {**sentinels, TOOL_SENTINEL: "the list of tools"}
+        problems: list[tuple[Dialect, Unproven]] = []
+        for dialect in DIALECTS:
+            try:
+                text = self.raw([as_dict(m, dialect) for m in messages], tool_list, prompt=prompt)
+            except RENDER_ERRORS as problem:
+                problems.append((dialect, Unproven(*refused_by_template(problem))))
+                continue
+            missing = next((what for sentinel, what in sentinels.items() if sentinel not in text), None)
+            if missing is None:
+                return dialect
+            given = f"{missing} is not in the render, in whatever form it is given"
+            problems.append((dialect, Unproven(f"template drops {missing}", f"{given}; {DROPPED_ADVICE}")))
+        return self._most_telling(problems, structure)
+
+    def _most_telling(self, problems: Sequence[tuple[Dialect, Unproven]], structure: Structure) -> Unproven:
+        """The problem in the form of content that the template takes; of these, one that is not a plain TypeError."""
+        parts = structure != PLAIN and self._plain_dialect().parts
+        same_form = [problem for dialect, problem in problems if dialect.parts == parts]
+        return next((p for p in same_form if not p.detail.startswith("TypeError")), same_form[0])
+
+    def _plain_dialect(self) -> Dialect:
+        try:
+            return self.dialect(sentinel_messages(PLAIN)[0], tools=False)
+        except Unproven:
+            return DIALECTS[0]
+
+
+def refused_by_template(problem: BaseException) -> tuple[str, str]:
+    """The reason and the detail of an error that the template raised."""
+    name = "" if isinstance(problem, TemplateError) else f"{type(problem).__name__}: "
+    said = f"{name}{problem}".strip() or type(problem).__name__
+    return f"refused by the template ({said[:80]})", said
+
+
+TOOL_SENTINEL = "sentineltool"
+
+
+def sentinel_tool() -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": {"sentinelkey": {"type": "string", "description": "a key"}},
+        "required": ["sentinelkey"],
+    }
+    function = {"name": TOOL_SENTINEL, "description": "a tool", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def sentinel_messages(structure: Structure) -> tuple[list[Message], dict[str, str]]:
+    """Messages of that structure whose every field is a word found nowhere else, and what each word stands for.
+
+    The reasoning of turns before the last one may be dropped by a template: that is what happens at inference.
+    """
+    messages, sentinels = [], {}
+    last = max((i for i, (role, *_) in enumerate(structure) if role == "assistant"), default=-1)
+    for i, (role, has_content, has_reasoning, calls) in enumerate(structure):
+        content = f"sentinelcontent{i}x" if has_content else ""
+        if content:
+            sentinels[content] = f"the content of {_a(role)} message" + (" with tool calls" if calls else "")
+        reasoning = f"sentinelreasoning{i}x" if has_reasoning else None
+        if reasoning and i == last:
+            sentinels[reasoning] = "the reasoning of the last assistant turn"
+        for c in range(calls):
+            sentinels[f"sentinelname{i}x{c}x"] = "the name of a tool call"
+            sentinels[f"sentinelvalue{i}x{c}x"] = "the arguments of a tool call"
+        messages.append(
+            Message(
+                role,
+                content,
+                reasoning=reasoning,
+                tool_calls=tuple(_sentinel_call(i, c) for c in range(calls)),
+                name=TOOL_SENTINEL if role == "tool" else None,
+                tool_call_id="sentinel0" if role == "tool" else None,
+            )
+        )
+    return messages, sentinels
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _sentinel_call(i: int, c: int) -> dict[str, Any]:
+    function = {"name": f"sentinelname{i}x{c}x", "arguments": {"sentinelkey": f"sentinelvalue{i}x{c}x"}}
+    return {"id": "sentinel0", "type": "function", "function": function}

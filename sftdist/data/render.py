@@ -103,6 +103,17 @@ class Renderer:
         except RENDER_ERRORS as problem:
             raise Unproven(*refused_by_template(problem)) from problem
 
+    def preview(self, messages: Sequence[Message], tools: Sequence[Any]) -> str:
+        """Render for display: fields may be missing, and "" is a refusal."""
+        try:
+            chosen = self.dialect(messages, tools=bool(tools))
+        except Unproven:
+            chosen = self._plain_dialect()
+        try:
+            return self.raw([as_dict(message, chosen) for message in messages], tools)
+        except RENDER_ERRORS:
+            return ""
+
     def dialect(self, messages: Sequence[Message], *, tools: bool, prompt: bool = False) -> Dialect:
         """The first dialect in which every field of such a conversation reaches the render.
 

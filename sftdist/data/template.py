@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -19,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
-from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError
-from sftdist.core.settings import Reasoning, TrainOn
+from sftdist.data.mask import Encoded, MaskOptions, Refusal, trained_turns, with_reasoning
 from sftdist.data.message import Message
 from sftdist.data.proof import prove_fields, prove_turn
 from sftdist.data.render import CLOCK, Renderer, Unproven, as_dict, sentinel_messages, sentinel_tool
@@ -33,37 +31,6 @@ from sftdist.data.tokens import Encoder, Sample, Tokens
 
 SPANS_VERSION = 1  # raise it when the same row would get other spans: stores made before are then made again
 BUILT_IN = ("chatml", "llama3")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """ids int32 [n]; weights float32 [n], the weight of token i as a target (0: not supervised)."""
-
-    id: str
-    ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A conversation (or one turn of it) whose mask cannot be proven; equal problems share `reason`."""
-
-    id: str
-    reason: str
-    detail: str
-    turn: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """Which assistant turns are trained, what happens to reasoning, and whether each turn is a sample of its own."""
-
-    train_on: TrainOn = TrainOn.all
-    reasoning: Reasoning = Reasoning.keep
-    expand_turns: bool = False
 
 
 class ChatTemplate:
@@ -146,7 +113,7 @@ class ChatTemplate:
         """What an assistant turn ends with; None when the template ends none. May be several tokens."""
         return self._closing.marker if isinstance(self._closing, Closing) else None
 
-    @property
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end generation: the end-of-turn marker's, where it is a token, and the tokenizer's EOS."""
         stops = {*self._model_stops, self.tokenizer.eos_token_id}
@@ -166,6 +133,14 @@ class ChatTemplate:
         dialect = self._renderer.dialect(messages, tools=bool(tools), prompt=add_generation_prompt)
         dicts = [as_dict(message, dialect) for message in messages]
         return self._renderer.render(dicts, tools, prompt=add_generation_prompt)
+
+    def preview(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """For display: the render even where it drops a field, "" where the template refuses the messages."""
+        return self._renderer.preview(messages, tools)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of rendered text; no special token is added."""
+        return self._encoder.ids(text)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids to generate from, generation prompt included: the same tokens that a trained turn follows."""
@@ -201,7 +176,8 @@ class ChatTemplate:
     ) -> Sample | Refusal:
         try:
             if isinstance(self._closing, Unproven):
-                raise self._closing
+                raise Unproven(self._closing.reason, self._closing.detail)
+            self._require_no_bos(messages)
             found = Locator(self._renderer, self._closing, self._stop_texts, messages, tools)
             prove_fields(found, trained.values())
             spans = []
@@ -213,6 +189,16 @@ class ChatTemplate:
             return Sample(id, found.text, tuple(spans))
         except Unproven as problem:
             return _refusal(id, problem)
+
+    def _require_no_bos(self, messages: Sequence[Message]) -> None:
+        """Where BOS stands is the template's choice; in the text of a message it would be one more."""
+        bos = self.tokenizer.bos_token
+        if bos is None or self.bos_token_id in self.stop_ids:
+            return
+        for i, message in enumerate(messages):
+            if bos in message.content or bos in (message.reasoning or ""):
+                given = f"the {message.role} message {i} holds the BOS token {bos!r} as text"
+                raise Unproven("BOS inside a message", f"{given}, which would be tokenised as one more BOS; remove it")
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
@@ -271,34 +257,6 @@ class ChatTemplate:
     def save(self, folder: Path) -> None:
         """Write the tokenizer with exactly this template, as `from_pretrained` reads it."""
         self.tokenizer.save_pretrained(str(folder))
-
-
-def trained_turns(messages: Sequence[Message], train_on: TrainOn) -> dict[int, int]:
-    """Number of each trained assistant turn (from 0) -> index of its message.
-
-    A message's own `train` or a weight of 0 keeps it out of `all` and `last`; `flagged` takes `train: true` alone.
-    """
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    chosen = dict(list(enumerate(turns))[-1:] if train_on is TrainOn.last else enumerate(turns))
-    wanted = {
-        number: i
-        for number, i in chosen.items()
-        if messages[i].weight > 0
-        and (messages[i].train is True if train_on is TrainOn.flagged else messages[i].train is not False)
-    }
-    if not wanted:
-        given = f"{len(turns)} assistant turns, none of them to be trained under data.train_on={train_on}"
-        raise Unproven("nothing to train", f"{given}; set `train` or `weight`, or leave the row out")
-    return wanted
-
-
-def with_reasoning(messages: Sequence[Message], mode: Reasoning) -> Sequence[Message]:
-    """Take reasoning out of all turns (`drop`), or of all but the last assistant turn (`last`)."""
-    if mode is Reasoning.keep or all(m.reasoning is None for m in messages):
-        return messages
-    last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-    kept = last if mode is Reasoning.last else -1
-    return [m if i == kept or m.reasoning is None else replace(m, reasoning=None) for i, m in enumerate(messages)]
 
 
 def _encoded(sample: Sample, tokens: Tokens | Refusal) -> Encoded | Refusal:

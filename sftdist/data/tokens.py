@@ -71,13 +71,19 @@ class Encoder:
         for span in sample.spans:
             start = _border(encoding, span.start, len(sample.text), len(ids))
             end = _border(encoding, span.end, len(sample.text), len(ids))
-            if end is None and (last := encoding.char_to_token(span.end - 1)) is not None and ids[last] in self.added:
-                # An end marker that swallows the white space behind it (`rstrip`, as in Phi-3) is one token.
-                end = last + 1 if sample.text[span.end : encoding.token_to_chars(last)[1]].isspace() else None
+            if end is None:
+                end = self._marker_with_space(encoding, sample.text, span.end)
             if start is None or end is None:
                 return self._pieces(sample)
             ranges.append((start, end))
         return Tokens(ids, ranges)
+
+    def _marker_with_space(self, encoding: Encoding, text: str, end: int) -> int | None:
+        """The token after an end marker that swallows the white space behind it (`rstrip`, as in Phi-3)."""
+        last = encoding.char_to_token(end - 1)
+        if last is None or encoding.ids[last] not in self.added:
+            return None
+        return int(last) + 1 if text[end : _characters(encoding, last)[1]].isspace() else None
 
     def _pieces(self, sample: Sample) -> Tokens:
         """Tokenise with a cut at every border of a span."""
@@ -130,9 +136,9 @@ class Encoder:
                 detail = f"turn {turn} is {text[:200]!r}, its tokens decode to {given[:200]!r}"
                 proven[i] = Unproven("tokens do not decode to the text", detail, turn)
         for i, tokens in enumerate(found):
-            if self.bos_token_id is not None and tokens.ids[:2] == [self.bos_token_id] * 2:
+            if tokens.ids[:2] == [self.bos_token_id] * 2:
                 given = f"the rendered text begins with two BOS tokens: {samples[i].text[:60]!r}"
-                proven[i] = Unproven("BOS twice", f"{given}; the template and the row both bring one")
+                proven[i] = Unproven("BOS twice", f"{given}; correct the template, which renders both")
         return proven
 
     def _decodes_in_context(self, ids: Sequence[int], start: int, end: int, text: str) -> bool:
@@ -156,4 +162,10 @@ def _border(encoding: Encoding, at: int, length: int, count: int) -> int | None:
     after = next((t for c in range(at, length) if (t := encoding.char_to_token(c)) is not None), None)
     if after is None:
         return count
-    return int(after) if encoding.token_to_chars(after)[0] >= at else None
+    return int(after) if _characters(encoding, after)[0] >= at else None
+
+
+def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
+    found = encoding.token_to_chars(token)
+    assert found is not None  # without post-processing every token comes from the text
+    return found

@@ -100,7 +100,7 @@ def build(args: argparse.Namespace, clock: Clock, marks: TokenMarks) -> Counting
         adam_beta2=0.95,
         use_cpu=True,
         save_strategy="no",
-        logging_steps=1,
+        logging_steps=args.steps,  # logging costs TRL a few per cent
         report_to="none",
         disable_tqdm=True,
         seed=0,

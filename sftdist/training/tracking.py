@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,11 +52,15 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class Tracker:
-    """Hands each line to every sink, in their order; the default one is silent."""
+    """Hands each line to the files first, then to every sink; `Tracker()` is silent, for ranks other than 0."""
 
     sinks: tuple[Sink, ...] = ()
     files: tuple[JsonLines, ...] = ()
     rows: tuple[JsonLines, ...] = ()
+
+    def followed_by(self, *sinks: Sink) -> Tracker:
+        """The same files with more sinks; those that read the files must be opened after them."""
+        return replace(self, sinks=(*self.sinks, *sinks))
 
     def step(self, line: Mapping[str, Any], rows: Sequence[str]) -> None:
         """One optimizer step: its figures, and the ordered ids of the rows it trained on."""
@@ -79,10 +83,9 @@ class Tracker:
             sink.close(state)
 
 
-def open_tracker(run_dir: Path, followers: Sequence[Sink], *, resumed_step: int) -> Tracker:
-    """The tracker of rank 0: both files of the run directory, cut at `resumed_step`, and whoever follows."""
+def open_tracker(run_dir: Path, *, resumed_step: int) -> Tracker:
+    """The tracker of rank 0 with both files of the run directory, cut at `resumed_step` (0: a run from the start)."""
     return Tracker(
-        sinks=tuple(followers),
         files=(JsonLines(run_dir / METRICS, resumed_step=resumed_step),),
         rows=(JsonLines(run_dir / ROWS, resumed_step=resumed_step),),
     )

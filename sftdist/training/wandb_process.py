@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sftdist.training.tracking import METRICS
+
 MODULE = "sftdist.training.wandb_sink"
 SPEC = "log/wandb.json"
 LOG = "log/wandb.log"
@@ -120,15 +122,15 @@ def open_wandb(
     name: str,
     notes: str,
     config: Mapping[str, Any],
-    metrics: Path,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = print,
     init_seconds: float = 30.0,
     close_seconds: float = 20.0,
 ) -> list[WandbProcess]:
-    """The W&B follower of a run, none if it is `disabled`; call it once `metrics` is cut at the resumed step.
+    """The W&B follower of a run, none if it is `disabled`; call it after `open_tracker`.
 
     `mode` is online, offline or disabled; None leaves it to WANDB_MODE, and without that to whether there is a key.
     """
+    metrics = run_dir / METRICS
     mode = mode or os.environ.get("WANDB_MODE")
     if mode == "disabled":
         return []

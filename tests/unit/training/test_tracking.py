@@ -60,7 +60,7 @@ def test_non_finite_figures_stay_json(tmp_path: Path) -> None:
 
 
 def test_lines_are_on_disk_as_they_are_written(tmp_path: Path) -> None:
-    tracker = open_tracker(tmp_path, [], resumed_step=0)
+    tracker = open_tracker(tmp_path, resumed_step=0)
     run_steps(tracker, 1, 3)
     assert [(line["kind"], line["step"]) for line in read(tmp_path / METRICS)] == [
         ("train", 1),
@@ -73,13 +73,13 @@ def test_lines_are_on_disk_as_they_are_written(tmp_path: Path) -> None:
 
 def test_resumed_run_writes_the_same_file(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    tracker = open_tracker(whole, [], resumed_step=0)
+    tracker = open_tracker(whole, resumed_step=0)
     run_steps(tracker, 1, 9)
     tracker.close("done")
-    run_steps(open_tracker(broken, [], resumed_step=0), 1, 7)  # killed: never closed
+    run_steps(open_tracker(broken, resumed_step=0), 1, 7)  # killed: never closed
     with (broken / METRICS).open("a") as file:
         file.write('{"kind": "train", "step": 8, "lo')
-    tracker = open_tracker(broken, [], resumed_step=4)
+    tracker = open_tracker(broken, resumed_step=4)
     assert [line["step"] for line in read(broken / METRICS)] == [1, 2, 2, 3, 4, 4]
     run_steps(tracker, 5, 9)
     tracker.close("done")

@@ -24,7 +24,7 @@ from sftdist.training.wandb_sink import STEP, has_key
 def follow(run_dir: Path, *, resumed_step: int = 0, **options: Any) -> tuple[Tracker, list[str]]:
     """A tracker with files and a W&B process, and the list of what W&B said on the console."""
     said: list[str] = []
-    tracker = open_tracker(run_dir, [], resumed_step=resumed_step)
+    tracker = open_tracker(run_dir, resumed_step=resumed_step)
     settings = {
         "mode": "offline",
         "project": "a-project",
@@ -35,8 +35,7 @@ def follow(run_dir: Path, *, resumed_step: int = 0, **options: Any) -> tuple[Tra
         "notes": "a note",
         "config": {"optimizer": {"lr": 0.1}},
     }
-    followers = open_wandb(run_dir, metrics=run_dir / METRICS, say=said.append, **{**settings, **options})
-    return Tracker(sinks=tuple(followers), files=tracker.files, rows=tracker.rows), said
+    return tracker.followed_by(*open_wandb(run_dir, say=said.append, **{**settings, **options})), said
 
 
 def train_line(step: int) -> dict[str, Any]:

@@ -88,8 +88,7 @@ def chunked_ce(
     """The same as `reference_ce` with the logits of at most `chunk` positions alive.
 
     A plain linear head takes the fast way, which makes the gradients together with the loss. A head that
-    must be called as a module (ZeRO-3 gathers its weight in a hook; an adapter sits on it) is recomputed
-    in the backward pass instead.
+    must be called as a module (an adapter sits on it) is recomputed in the backward pass instead.
     """
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
     if _is_plain_linear(head):
@@ -100,13 +99,13 @@ def chunked_ce(
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
-    """True if the weight can be used directly: no bias, no adapter, not partitioned by ZeRO-3, no fp16.
+    """True if the weight can be used directly: no bias, no adapter, whole (ZeRO-3 may have left it empty), no fp16.
 
     fp16 needs the loss scale inside the logits' gradient, which the fast way multiplies in afterwards.
     """
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    return not hasattr(head.weight, "ds_id") and head.weight.dtype in (torch.float32, torch.bfloat16)
+    return head.weight.numel() > 0 and head.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -176,6 +175,22 @@ def _recomputed(
     return Losses(torch.stack(totals).sum(), torch.cat(tokens))
 
 
+class HeadLoss(nn.Module):
+    """`chunked_ce` as a module of its own, for ZeRO-3: the engine has the head's weight gathered once around it.
+
+    Ranks have different numbers of supervised tokens and so of chunks. Gathered by each call of the head, the
+    weight would cost a collective per chunk, and ranks would wait for each other for ever.
+    """
+
+    def __init__(self, chunk: int, transform: LogitTransform) -> None:
+        super().__init__()
+        self.chunk = chunk
+        self.transform = transform
+
+    def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) -> Losses:
+        return chunked_ce(hidden, head, targets, weights, self.chunk, self.transform)
+
+
 class LossModel(nn.Module):
     """A causal language model (or a PEFT model around one) whose forward is the training loss of one packed row.
 
@@ -186,8 +201,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self.num_sources = num_sources
-        self.chunk = chunk
-        self.transform = LogitTransform.of(causal_lm(model).config)
+        self.head_loss = HeadLoss(chunk, LogitTransform.of(causal_lm(model).config))
 
     def forward(
         self,
@@ -207,9 +221,7 @@ class LossModel(nn.Module):
         chosen = targets[index]
         weights = weights[index] * (chosen != IGNORED)
         head = causal_lm(self.model).get_output_embeddings()
-        losses = chunked_ce(
-            hidden.index_select(0, index), head, chosen.clamp_min(0), weights, self.chunk, self.transform
-        )
+        losses = self.head_loss(hidden.index_select(0, index), head, chosen.clamp_min(0), weights)
         lengths = cu_seqlens.diff().to(source.device)
         sources = source.repeat_interleave(lengths, output_size=documents.tokens)[index]
         empty = torch.zeros(self.num_sources, dtype=torch.float32, device=ids.device)

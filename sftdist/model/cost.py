@@ -1,0 +1,310 @@
+"""What a model costs: parameters, FLOPs, bytes. Arithmetic on a config mapping; no torch, no weights.
+
+A config mapping is what `PreTrainedConfig.to_dict()` gives. Decoder families with gated MLPs, mixtures of
+experts included, are counted to the parameter; any other model_type is counted as if it were a Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+GIB = 2**30
+
+_QK_NORM = {"qwen3", "qwen3_moe", "gemma3_text"}
+_FOUR_NORMS = {"gemma2", "gemma3_text"}
+_QKV_BIAS = {"qwen2", "qwen2_moe"}
+_EXPERT_BIAS_AND_SINKS = {"gpt_oss"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that costs follow from. `windows`: one entry per layer, None where attention is full."""
+
+    model_type: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    windows: tuple[int | None, ...]
+    expert_layers: int
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+    attention_bias: bool
+    mlp_bias: bool
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """Read the sizes from a config mapping, by the names that transformers uses."""
+    text = config.get("text_config") or config
+    heads, hidden = text["num_attention_heads"], text["hidden_size"]
+    experts = text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0
+    layers = text["num_hidden_layers"]
+    dense_only = set(text.get("mlp_only_layers") or ())
+    step = text.get("decoder_sparse_step") or 1
+    sparse = [i for i in range(layers) if i not in dense_only and (i + 1) % step == 0] if experts else []
+    return Shape(
+        model_type=text.get("model_type", "llama"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or hidden // heads,
+        intermediate=text.get("intermediate_size") or 4 * hidden,
+        vocabulary=text["vocab_size"],
+        tied=bool(text.get("tie_word_embeddings", False)),
+        windows=_windows(text, layers),
+        expert_layers=len(sparse),
+        experts=experts,
+        experts_per_token=text.get("num_experts_per_tok") or 1,
+        expert_intermediate=text.get("moe_intermediate_size") or text.get("intermediate_size") or 0,
+        attention_bias=bool(text.get("attention_bias", False)),
+        mlp_bias=bool(text.get("mlp_bias", False)),
+    )
+
+
+def _windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    kinds = text.get("layer_types") or ["sliding_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts. `total` is what is stored, `active` what one token passes through, lookup of the embedding left out.
+
+    `layer` is the largest layer, `matmul` the active weights of all layers' matrix products (head left out).
+    """
+
+    total: int
+    active: int
+    embedding: int
+    head: int
+    layer: int
+    matmul: int
+    linear_io: int
+
+
+def parameters(config: Mapping[str, Any]) -> Parameters:
+    """Count parameters from a config mapping."""
+    s = shape_of(config)
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    attention = s.hidden * (query + 2 * key) + query * s.hidden
+    mlp, expert = 3 * s.hidden * s.intermediate, 3 * s.hidden * s.expert_intermediate
+    router = s.hidden * s.experts
+    small = _small_per_layer(s)
+    dense_layers = s.layers - s.expert_layers
+    expert_layer = attention + s.experts * expert + router + small
+    dense_layer = attention + mlp + small + (2 * s.intermediate + s.hidden if s.mlp_bias else 0)
+    embedding = s.vocabulary * s.hidden
+    layers = s.expert_layers * expert_layer + dense_layers * dense_layer
+    layers += s.expert_layers * _expert_extras(s)
+    matmul = s.layers * attention + dense_layers * mlp + s.expert_layers * (s.experts_per_token * expert + router)
+    return Parameters(
+        total=layers + s.hidden + embedding * (1 if s.tied else 2),
+        active=matmul + s.layers * small + s.hidden + embedding,
+        embedding=embedding,
+        head=embedding,
+        layer=max(dense_layer if dense_layers else 0, expert_layer if s.expert_layers else 0),
+        matmul=matmul,
+        linear_io=_linear_io(s),
+    )
+
+
+def _small_per_layer(s: Shape) -> int:
+    """Norms and attention biases of one layer."""
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    norms = (4 if s.model_type in _FOUR_NORMS else 2) * s.hidden
+    norms += 2 * s.head_dim if s.model_type in _QK_NORM else 0
+    has_bias = s.attention_bias or s.model_type in _QKV_BIAS
+    biases = query + 2 * key if has_bias else 0
+    return norms + biases + (s.hidden if s.attention_bias else 0)
+
+
+def _expert_extras(s: Shape) -> int:
+    if s.model_type not in _EXPERT_BIAS_AND_SINKS:
+        return 0
+    return s.heads + s.experts + s.experts * (2 * s.expert_intermediate + s.hidden)
+
+
+def _linear_io(s: Shape) -> int:
+    """Sum of (inputs + outputs) over the linear layers and experts: a LoRA adapter has r times as many parameters."""
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    attention = (s.hidden + query) + 2 * (s.hidden + key) + (query + s.hidden)
+    mlp = 3 * (s.hidden + s.intermediate)
+    # gate and up of an expert are one fused matrix
+    expert = (s.hidden + 2 * s.expert_intermediate) + (s.expert_intermediate + s.hidden)
+    return s.layers * attention + (s.layers - s.expert_layers) * mlp + s.expert_layers * s.experts * expert
+
+
+def lora_parameters(config: Mapping[str, Any], r: int) -> int:
+    """Trainable parameters of LoRA with rank r on every linear layer and expert."""
+    return r * parameters(config).linear_io
+
+
+# FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def dense_flops(config: Mapping[str, Any]) -> float:
+    """Forward FLOPs per token of all layers' matrix products; a multiply and an add are two."""
+    return 2.0 * parameters(config).matmul
+
+
+def head_flops(config: Mapping[str, Any]) -> float:
+    """Forward FLOPs of the LM head per supervised position."""
+    return 2.0 * parameters(config).head
+
+
+def attention_terms(config: Mapping[str, Any]) -> tuple[tuple[float, int | None], ...]:
+    """(forward FLOPs per visible query-key pair, window) for each kind of layer, summed over its layers."""
+    s = shape_of(config)
+    per_layer = 4.0 * s.heads * s.head_dim  # scores and weighted values, two FLOPs each
+    kinds = sorted(set(s.windows), key=lambda window: window or 0)
+    return tuple((per_layer * s.windows.count(window), window) for window in kinds)
+
+
+def visible_pairs(length: int, window: int | None) -> int:
+    """Query-key pairs of causal attention over one document: the query itself included."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def train_factors(method: str = "full", recompute: bool = False) -> tuple[float, float]:
+    """How often the forward FLOPs of (matrix products, attention) are spent in a training step.
+
+    The backward pass makes two products for each of the forward's, one with frozen weights. `recompute` counts
+    the second forward of activation checkpointing: the hardware does it, a model FLOPs utilisation leaves it out.
+    """
+    again = 1.0 if recompute else 0.0
+    return (3.0 if method == "full" else 2.0) + again, 3.0 + again
+
+
+def train_flops(
+    config: Mapping[str, Any],
+    lengths: Iterable[int],
+    supervised: int,
+    *,
+    method: str = "full",
+    recompute: bool = False,
+) -> float:
+    """FLOPs of forward and backward over documents of these lengths with this many supervised positions in all."""
+    lengths = list(lengths)
+    dense, attention = train_factors(method, recompute)
+    head = train_factors(method)[0]  # never recomputed: its gradients are made together with the loss
+    pairs = sum(flops * sum(visible_pairs(n, window) for n in lengths) for flops, window in attention_terms(config))
+    return dense * dense_flops(config) * sum(lengths) + attention * pairs + head * head_flops(config) * supervised
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The choices that memory depends on. `trainable`: parameters with gradients (all of them when None)."""
+
+    stage: int
+    world: int
+    pack_tokens: int
+    precision: str = "bf16"
+    trainable: int | None = None
+    checkpointing: bool = False
+    offload: bool = False
+    loss_chunk: int = 2048
+    moments: int = 2  # of the optimizer: 2 for AdamW, 1 for SGD with momentum
+
+
+def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
+    """Bytes per GPU by part: weights, gradients, optimizer, activations, logits, gathering.
+
+    ZeRO shares the optimizer from stage 1 on, gradients from 2, weights from 3. Estimates leave out the
+    device's context and the allocator's fragments (allow 1.5 GiB and 10 %).
+    """
+    p = parameters(config)
+    trainable = p.total if setup.trainable is None else setup.trainable
+    is_lora = setup.trainable is not None
+    stored = p.total + (trainable if is_lora else 0)
+    compute = 4 if setup.precision == "fp32" else 2
+    master = 0 if setup.precision == "fp32" else 4
+    share = [1.0 / setup.world if setup.stage >= needed else 1.0 for needed in (1, 2, 3)]
+    trains_head = not is_lora
+    parts = {
+        "weights": stored * compute * share[2],
+        "gradients": trainable * 4.0 * share[1],  # accumulated in float32
+        "optimizer": 0.0 if setup.offload else trainable * (master + 4.0 * setup.moments) * share[0],
+        "activations": _activations(config, setup, compute),
+        "logits": _logits(config, setup, compute, trains_head),
+        "gathering": float(compute * (2 * p.layer + p.head)) if setup.stage == 3 else 0.0,
+    }
+    return parts
+
+
+def _activations(config: Mapping[str, Any], setup: Setup, compute: int) -> float:
+    """What one pack keeps for its backward pass."""
+    s = shape_of(config)
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    width = s.experts_per_token * s.expert_intermediate if s.expert_layers else s.intermediate
+    # residual twice, two norms (input and float32 copy), q k v before and after rotation, attention output,
+    # gate, up, their activation and product
+    per_token = compute * (4 * s.hidden + 3 * query + 4 * key + 4 * width) + 8 * s.hidden
+    layers = per_token * setup.pack_tokens * (1 if setup.checkpointing else s.layers)
+    kept = compute * s.hidden * setup.pack_tokens * (s.layers if setup.checkpointing else 0)
+    return float(layers + kept)
+
+
+def _logits(config: Mapping[str, Any], setup: Setup, compute: int, trains_head: bool) -> float:
+    s = shape_of(config)
+    rows = min(setup.loss_chunk, setup.pack_tokens)
+    head_gradient = 4.0 * s.vocabulary * s.hidden if trains_head else 0.0
+    return rows * s.vocabulary * (2 * compute + 8.0) + head_gradient
+
+
+def total(parts: Mapping[str, float]) -> float:
+    """Sum of the parts with the allowance for context and fragments, in bytes."""
+    return 1.1 * sum(parts.values()) + 1.5 * GIB
+
+
+def cheapest_overrides(
+    config: Mapping[str, Any], setup: Setup, budget: float, *, max_len: int, lora_r: int = 16
+) -> list[str] | None:
+    """The overrides that make a run fit into `budget` bytes per GPU, those that cost the least time first.
+
+    [] if it fits as it is, None if nothing here helps. Steps are added one after another and kept.
+    """
+    steps = _steps(config, setup, max_len, lora_r)
+    overrides: list[str] = []
+    for override, change in steps:
+        if total(memory(config, setup)) <= budget:
+            return overrides
+        changed = replace(setup, **change)
+        if sum(memory(config, changed).values()) < sum(memory(config, setup).values()):
+            overrides = [o for o in overrides if o.split("=")[0] != override.split("=")[0]] + [override]
+            setup = changed
+    return overrides if total(memory(config, setup)) <= budget else None
+
+
+def _steps(config: Mapping[str, Any], setup: Setup, max_len: int, lora_r: int) -> list[tuple[str, dict[str, Any]]]:
+    """Overrides by what they cost in time: nothing, a little communication, a third more FLOPs, a slow bus."""
+    steps: list[tuple[str, dict[str, Any]]] = []
+    steps += [(f"zero.stage={stage}", {"stage": stage}) for stage in (1, 2) if setup.stage < stage]
+    if setup.loss_chunk > 512:
+        steps.append(("model.loss_chunk=512", {"loss_chunk": 512}))
+    if setup.pack_tokens > max_len:
+        steps.append((f"train.pack_tokens={max_len}", {"pack_tokens": max_len}))
+    if not setup.checkpointing:
+        steps.append(("model.activation_checkpointing=true", {"checkpointing": True}))
+    if setup.stage < 3:
+        steps.append(("zero.stage=3", {"stage": 3}))
+    if not setup.offload:
+        steps.append(("zero.offload=optimizer", {"offload": True}))
+    if setup.trainable is None:
+        steps.append(("tune.method=lora", {"trainable": lora_parameters(config, lora_r)}))
+    return steps

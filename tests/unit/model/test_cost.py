@@ -1,0 +1,141 @@
+"""Costs against what torch counts on real (tiny) models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from sftdist.model.cost import (
+    GIB,
+    Setup,
+    attention_terms,
+    cheapest_overrides,
+    dense_flops,
+    head_flops,
+    lora_parameters,
+    memory,
+    parameters,
+    shape_of,
+    total,
+    train_factors,
+    train_flops,
+    visible_pairs,
+)
+from sftdist.model.lora import LoraSpec, attach
+from tests.models import MIXTURES_OF_EXPERTS, SHAPES, WINDOW, shape, tiny_model
+
+GATED = sorted(set(SHAPES) - {"gpt2"})
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def _config(family: str) -> dict[str, Any]:
+    mapping: dict[str, Any] = AutoConfig.for_model(**shape(family)).to_dict()
+    return mapping
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_parameters_equal_the_model(family: str) -> None:
+    assert parameters(_config(family)).total == sum(p.numel() for p in tiny_model(family).parameters())
+
+
+def test_parameters_of_a_published_model() -> None:
+    assert parameters(LLAMA_8B).total == 8_030_261_248
+
+
+@pytest.mark.parametrize("family", sorted(set(GATED) - {"gpt_oss"}))  # its router is not counted as a Linear
+def test_lora_parameters_equal_the_adapter(family: str) -> None:
+    _, coverage = attach(tiny_model(family), LoraSpec(r=4))
+    fused_phi3 = family == "phi3"  # q, k, v and gate, up are one matrix there: fewer inputs, the same outputs
+    assert (coverage.trainable == lora_parameters(_config(family), 4)) != fused_phi3
+
+
+@pytest.mark.parametrize("family", sorted(set(GATED) - MIXTURES_OF_EXPERTS))
+@pytest.mark.parametrize("training", [False, True])
+def test_flops_equal_torchs_counter(family: str, training: bool) -> None:
+    model, tokens = tiny_model(family), 20
+    model.set_attn_implementation("eager")
+    config = _config(family)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        logits = model(input_ids=torch.arange(tokens)[None], use_cache=False).logits
+        if training:
+            logits.sum().backward()
+    pairs = sum(flops for flops, _ in attention_terms(config)) * tokens**2  # eager computes the masked ones too
+    factor = 3 if training else 1
+    expected = factor * ((dense_flops(config) + head_flops(config)) * tokens + pairs)
+    rotary = tokens * shape_of(config).head_dim * (2 if family == "gemma3" else 1)  # an outer product, no gradient
+    assert counter.get_total_flops() == pytest.approx(expected, abs=rotary)
+
+
+def test_frozen_weights_save_one_of_three_products() -> None:
+    full, lora = (train_flops(LLAMA_8B, [1000], 500, method=method) for method in ("full", "lora"))
+    assert train_factors("full") == (3.0, 3.0)
+    assert train_factors("lora", recompute=True) == (3.0, 4.0)
+    assert 0.66 < lora / full < 0.68
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 50])
+@pytest.mark.parametrize("length", [1, 5, 17])
+def test_visible_pairs_equal_the_mask(length: int, window: int | None) -> None:
+    pairs = sum(1 for q in range(length) for k in range(length) if k <= q and (window is None or q - k < window))
+    assert visible_pairs(length, window) == pairs
+
+
+def test_attention_terms_hold_the_windows() -> None:
+    per_layer = 4.0 * 4 * 8
+    assert attention_terms(_config("llama")) == ((2 * per_layer, None),)
+    assert set(attention_terms(_config("gemma2"))) == {(per_layer, None), (per_layer, WINDOW)}
+
+
+def test_packing_short_documents_costs_less_than_one_long_one() -> None:
+    assert train_flops(LLAMA_8B, [512] * 16, 4096) < train_flops(LLAMA_8B, [8192], 4096)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_zero_stage_divides_one_more_part(stage: int) -> None:
+    before, after = (memory(LLAMA_8B, Setup(stage=s, world=8, pack_tokens=8192)) for s in (stage - 1, stage))
+    part = {1: "optimizer", 2: "gradients", 3: "weights"}[stage]
+    assert after[part] == before[part] / 8
+    assert all(after[name] == before[name] for name in before if name not in {part, "gathering"})
+
+
+def test_full_tuning_takes_eighteen_bytes_a_parameter() -> None:
+    """bf16 weights 2, float32 gradients 4, masters 4, two moments 8."""
+    parts = memory(LLAMA_8B, Setup(stage=0, world=1, pack_tokens=8192))
+    states = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert states == 18 * parameters(LLAMA_8B).total
+
+
+def test_overrides_that_fit_are_found_in_order_of_their_cost() -> None:
+    setup = Setup(stage=0, world=8, pack_tokens=8192)
+    assert cheapest_overrides(LLAMA_8B, setup, 1e15, max_len=4096) == []
+    assert cheapest_overrides(LLAMA_8B, setup, 120 * GIB, max_len=4096) == ["zero.stage=2"]
+    assert cheapest_overrides(LLAMA_8B, setup, 24 * GIB, max_len=4096) == [
+        "model.loss_chunk=512",
+        "train.pack_tokens=4096",
+        "model.activation_checkpointing=true",
+        "zero.stage=3",
+        "zero.offload=optimizer",
+    ]
+    assert cheapest_overrides(LLAMA_8B, setup, 1 * GIB, max_len=4096) is None
+
+
+def test_lora_fits_on_one_gpu_where_full_tuning_does_not() -> None:
+    setup = Setup(stage=0, world=1, pack_tokens=8192)
+    assert total(memory(LLAMA_8B, setup)) > 80 * GIB
+    found = cheapest_overrides(LLAMA_8B, setup, 40 * GIB, max_len=8192)
+    assert found is not None
+    assert "tune.method=lora" in found

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
 from sftdist.data.loader import Batch
-from sftdist.model.loss import IGNORED, LossModel, LossOutput
+from sftdist.model.loss import IGNORED, LossModel, LossOutput, causal_lm
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
 from sftdist.training.replicated import Replicated
 from sftdist.training.zero_config import EngineSpec, deepspeed_config, spec_issues
@@ -59,7 +59,7 @@ class ParameterState(NamedTuple):
 class Partitioned:
     """ZeRO 1-3 through DeepSpeed. The same verbs as `Replicated`."""
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
+    def __init__(self, module: LossModel, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
         _ensure_process_group()
         _without_shared_memory_op()
         self._stage = spec.stage
@@ -69,6 +69,9 @@ class Partitioned:
         rounded = spec.precision != "fp32"
         exact = {n: p.data for n, p in self._weights.items() if rounded and not _is_partitioned(p)}
         decay = decays(module)
+        if spec.stage == 3:
+            for head in _head_parameters(module):
+                deepspeed.zero.register_external_parameter(module.head_loss, head)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -192,7 +195,7 @@ class Engine:
             return LossOutput(*self._core.forward(self._fields(batch)))
 
     def probe(self, batch: Batch) -> LossOutput:
-        """A real forward and backward of `loss * 0`: the memory of a step, without a trace, not in random state either."""
+        """A real forward and backward of `loss * 0`: the memory of a step, without a trace, in random state neither."""
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             return self.forward_backward(batch, scale=0.0, last=False)
@@ -314,6 +317,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
+
+
+def _head_parameters(module: LossModel) -> list[nn.Parameter]:
+    """What the loss uses of the LM head, outside the head's own forward."""
+    head = causal_lm(module.model).get_output_embeddings()
+    return list(cast(nn.Module, head).parameters(recurse=False))
 
 
 def _gathered(parameter: nn.Parameter, modifier: int | None = None) -> AbstractContextManager[Any]:

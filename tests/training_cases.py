@@ -1,0 +1,161 @@
+"""Steps of a tiny model that any world size and ZeRO stage can take, and the plain loop that they must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from sftdist.core.distributed import World
+from sftdist.data.loader import Batch
+from sftdist.model.loss import LossModel
+from sftdist.training.engine import Engine, StepOutcome
+from sftdist.training.optimizer import OptimizerSpec
+from sftdist.training.zero_config import EngineSpec
+from tests.models import tiny_model
+from tests.packed import IGNORED, random_row
+
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+SGD = OptimizerSpec(name="sgd", momentum=0.9)
+ADAMW = OptimizerSpec(weight_decay=0.1)
+
+Scale = Callable[[Batch, Sequence[Batch], float, int], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run. Dropout is in attention; LoRA trains adapters only."""
+
+    stage: int
+    precision: str = "fp32"
+    family: str = "llama_tied"
+    optimizer: OptimizerSpec = SGD
+    lrs: tuple[float, ...] = (0.2, 0.1, 0.05)
+    max_grad_norm: float = 1.0
+    changes: dict[str, Any] = field(default_factory=dict)
+    offload: str = "none"
+
+
+def make_module(case: Case) -> LossModel:
+    """The loss model of a case, the same on every rank."""
+    return LossModel(tiny_model(case.family, **case.changes), num_sources=2, chunk=16).train()
+
+
+def make_engine(case: Case, world: World) -> Engine:
+    spec = EngineSpec(
+        stage=case.stage,
+        precision=case.precision,
+        offload=case.offload,
+        max_grad_norm=case.max_grad_norm,
+        extra=NO_PERSISTENCE if case.stage else {},
+    )
+    return Engine(make_module(case), case.optimizer, spec, world)
+
+
+def pack(lengths: list[int], seed: int, targets: int | None = None) -> Batch:
+    """One packed row; with `targets`, only its first few supervised positions stay."""
+    row = random_row(lengths, seed=seed)
+    if targets is not None:
+        row.targets[(row.targets != IGNORED).nonzero().squeeze(1)[targets:]] = IGNORED
+    return Batch(**row.fields(), weights=None, max_seqlen=max(lengths), row_ids=[])
+
+
+def packs_of(step: int, count: int = 8) -> list[Batch]:
+    """The packs of a step: every second one has at most one supervised token, so half of the ranks have almost none."""
+    return [pack([7, 20, 5 + i], seed=100 * step + i, targets=None if i % 2 == 0 else i % 4 // 2) for i in range(count)]
+
+
+def denominator(packs: Sequence[Batch]) -> float:
+    return float(sum(int((batch.targets != IGNORED).sum()) for batch in packs))
+
+
+def exact_scale(batch: Batch, mine: Sequence[Batch], total: float, world_size: int) -> float:
+    return world_size / total
+
+
+def train_step(
+    engine: Engine, world: World, packs: list[Batch], lr: float, scale: Scale = exact_scale
+) -> tuple[float, StepOutcome]:
+    """One optimizer step over the packs, dealt round-robin; the global mean loss and the outcome."""
+    total = denominator(packs)
+    mine = packs[world.rank :: world.size]
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, batch in enumerate(mine):
+        factor = scale(batch, mine, total, world.size)
+        loss += engine.forward_backward(batch, scale=factor, last=index == len(mine) - 1).sum.double().cpu()
+    outcome = engine.step(lr)
+    return float(world.all_reduce_sum(loss)) / total, outcome
+
+
+Weights = dict[str, np.ndarray[Any, np.dtype[np.float32]]]  # arrays pass between processes by value
+
+
+def weights_of(engine: Engine) -> Weights:
+    """Every parameter, gathered."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in engine.parameters()}
+
+
+@dataclass(frozen=True)
+class Run:
+    losses: list[float]
+    norms: list[float]
+    weights: Weights
+
+
+def train_case(world: World, case: Case, scale: Scale = exact_scale) -> Run:
+    """Train a case; packs per step: 8, then 4, then 8, so that the number of micro-batches changes."""
+    engine = make_engine(case, world)
+    losses, norms = [], []
+    for step, lr in enumerate(case.lrs):
+        loss, outcome = train_step(engine, world, packs_of(step, 4 if step == 1 else 8), lr, scale)
+        losses.append(loss)
+        norms.append(outcome.grad_norm)
+    run = Run(losses, norms, weights_of(engine))
+    engine.close()
+    return run
+
+
+def reference_run(case: Case) -> Run:
+    """The same steps in a plain loop of one process: one sum over all packs, autograd, torch's own optimizer."""
+    module = make_module(case)
+    named = dict(module.named_parameters())
+    optimizer = case.optimizer.build((p, p.ndim >= 2 and "embed" not in name) for name, p in named.items())
+    losses, norms = [], []
+    for step, lr in enumerate(case.lrs):
+        packs = packs_of(step, 4 if step == 1 else 8)
+        loss = sum(module(**fields(batch)).sum for batch in packs) / denominator(packs)
+        loss.backward()
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in named.values()]))
+        if case.max_grad_norm and norm > case.max_grad_norm:
+            for parameter in named.values():
+                parameter.grad *= case.max_grad_norm / norm
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        norms.append(float(norm))
+    return Run(losses, norms, weights_in(module))
+
+
+def fields(batch: Batch) -> dict[str, Any]:
+    names = ("ids", "targets", "positions", "cu_seqlens", "source", "weights")
+    return {name: getattr(batch, name) for name in names}
+
+
+def weights_in(module: LossModel) -> Weights:
+    """Every parameter of a module outside any engine, under the names that an engine uses."""
+    return {name.removeprefix("model."): p.detach().numpy().copy() for name, p in module.named_parameters()}
+
+
+def flat(weights: Weights) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.concatenate([weights[name].ravel().astype(np.float64) for name in sorted(weights)])
+
+
+def distance(weights: Weights, expected: Weights) -> float:
+    """Norm of the difference over the norm of what is expected; the names must be the same."""
+    assert sorted(weights) == sorted(expected)
+    return float(np.linalg.norm(flat(weights) - flat(expected)) / np.linalg.norm(flat(expected)))

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from sftdist.core.errors import ConfigError, SftdistError, StartupError
-from sftdist.core.peers import Peers
+from sftdist.core.peers import PeerError, Peers, print_death
 
 # DeepSpeed looks for its accelerator when it is imported, and says loudly that it found none.
 if not torch.cuda.is_available():
@@ -108,7 +108,8 @@ def die_with_parent() -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.environ.get(PARENT_VARIABLE, str(os.getppid())) != str(os.getppid()):  # it died before we could ask
+    # Taken out of the environment: what this process starts has another parent.
+    if os.environ.pop(PARENT_VARIABLE, str(os.getppid())) != str(os.getppid()):  # it died before we could ask
         os._exit(1)
 
 
@@ -135,11 +136,17 @@ def share_text(key: str, text: str | None, timeout_seconds: float = 300.0) -> st
 
 
 @contextmanager
-def session(timeout_seconds: float = TIMEOUT_SECONDS, device: torch.device | None = None) -> Iterator[World]:
+def session(
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    device: torch.device | None = None,
+    report: Callable[[int, str], None] = print_death,
+) -> Iterator[World]:
     """The ranks for the length of a block: process group (gloo, with NCCL on CUDA) and failure watch.
 
     Reads torchrun's environment; without it the world is one process. `timeout_seconds` bounds every collective.
-    An exception in the block is told to the other ranks, which end within seconds instead of waiting for this one.
+    An exception in the block is told to the other ranks, which end within seconds instead of waiting for this one;
+    where another rank had failed before, it becomes a PeerError. When a rank dies without an exception, one of the
+    others calls `report(rank, text)`.
     An existing process group (a script's own) is used and left as it is. Raises ConfigError where this host has
     fewer GPUs than ranks.
     """
@@ -148,14 +155,17 @@ def session(timeout_seconds: float = TIMEOUT_SECONDS, device: torch.device | Non
     created = not dist.is_initialized()
     if created:
         _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
-    peers = Peers.join(rank, size, local_rank, f"sftdist/{restart_count()}") if is_worker() and size > 1 else None
+    peers = Peers.join(rank, local_rank, f"sftdist/{restart_count()}", report) if is_worker() and size > 1 else None
     world = World(rank, size, local_rank, device, peers)
     try:
         yield world
     except BaseException as error:
         if not (isinstance(error, SystemExit) and not error.code):
-            world.fail(str(error) if isinstance(error, SftdistError) else traceback.format_exc())
-            _leave_within(30.0)
+            first = world.fail(str(error) if isinstance(error, SftdistError) else traceback.format_exc())
+            if world.size > 1:
+                _leave_within(30.0)
+            if not first:
+                raise PeerError(f"rank {rank} stops: another rank failed before") from error
         raise
     if peers is not None:
         peers.leave()

@@ -10,19 +10,28 @@ import json
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from sftdist.core.errors import SftdistError
+
 POLL_SECONDS = 0.5
+DYING_SECONDS = 0.2  # between the end of a process's sockets and its own
 LAST_WORDS_SECONDS = 3.0  # for a rank that has hit the same error by itself and is about to say so
+
+
+class PeerError(SftdistError):
+    """This rank failed after another had: the other's error is the one to report."""
 
 
 class Peers:
     """One rank's view of the others, over a store connection of its own and a daemon thread."""
 
-    def __init__(self, rank: int, local_ranks: range, prefix: str) -> None:
+    def __init__(self, rank: int, local_ranks: range, prefix: str, report: Callable[[int, str], None]) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         connect = timedelta(seconds=60)
         # Two connections: a store connection serves one thread at a time.
@@ -33,13 +42,17 @@ class Peers:
         self._rank = rank
         self._locals = [peer for peer in local_ranks if peer != rank]
         self._left = threading.Event()
+        self._report = report
 
     @classmethod
-    def join(cls, rank: int, size: int, local_rank: int, prefix: str) -> Peers:
-        """Announce this rank and start to watch: all ranks for failures, those of this host for being alive."""
+    def join(cls, rank: int, local_rank: int, prefix: str, report: Callable[[int, str], None]) -> Peers:
+        """Announce this rank and start to watch: all ranks for failures, those of this host for being alive.
+
+        `report(rank, text)` is called on one rank of all when a rank has died without a word.
+        """
         first = rank - local_rank
-        last = min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        peers = cls(rank, range(first, last), prefix)
+        local_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        peers = cls(rank, local_ranks, prefix, report)
         peers._tell.set(f"pid/{rank}", str(os.getpid()))
         threading.Thread(target=peers._run, name="peers", daemon=True).start()
         return peers
@@ -50,9 +63,8 @@ class Peers:
         A collective fails within a moment of a peer's death: that death is the failure then, not its echo here.
         """
         self._left.set()
-        for peer in self._locals:
-            if _died(self._tell, peer):
-                _publish(self._tell, peer, _DEATH)
+        time.sleep(DYING_SECONDS)
+        self._publish_deaths(self._tell)
         return _publish(self._tell, self._rank, text)
 
     def leave(self) -> None:
@@ -63,25 +75,25 @@ class Peers:
     def _run(self) -> None:
         try:
             while not self._left.wait(POLL_SECONDS):
-                for peer in self._locals:
-                    if _died(self._watch, peer):
-                        _publish(self._watch, peer, _DEATH)
-                if self._watch.check(["failure"]):
-                    self._end(json.loads(self._watch.get("failure")))
+                self._publish_deaths(self._watch)
+                if self._watch.check(["failure"]) and not self._left.wait(LAST_WORDS_SECONDS):
+                    os._exit(1)
         except dist.DistError as error:  # the store went with its host: collectives and torchrun report the rest
             if not self._left.is_set():
                 print(f"rank {self._rank}: the rendezvous store is gone ({error})", file=sys.stderr, flush=True)
 
-    def _end(self, failure: dict[str, str | int]) -> None:
-        if self._left.wait(LAST_WORDS_SECONDS):
-            return
-        reason = str(failure["text"]).strip().splitlines()[-1:]
-        line = f"rank {self._rank} stops because rank {failure['rank']} failed: {' '.join(reason)}"
-        print(line, file=sys.stderr, flush=True)
-        os._exit(1)
+    def _publish_deaths(self, store: dist.Store) -> None:
+        for peer in self._locals:
+            if _died(store, peer) and _publish(store, peer, _DEATH):
+                self._report(peer, _DEATH)
 
 
-_DEATH = "it died without a word; the kernel ends a process with SIGKILL when memory runs out"
+_DEATH = "it died without a word; the kernel kills a process when memory runs out"
+
+
+def print_death(rank: int, text: str) -> None:
+    """The default report: one line on standard error."""
+    print(f"sftdist: error: rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _publish(store: dist.Store, rank: int, text: str) -> bool:

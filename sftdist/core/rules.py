@@ -1,0 +1,203 @@
+"""What a configuration must fulfil beyond the type of each key: all rules, all at once."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sftdist.core.mix import lambda_issue
+from sftdist.core.settings import CONFIG_VERSION, Init, InspectConfig, Method, Offload, TrainConfig
+from sftdist.core.typed import shown
+
+# key: the least value; None is always allowed where the schema allows it.
+AT_LEAST = {
+    "seed": 0,
+    "data.max_len": 2,
+    "data.max_bad_rows": 0,
+    "data.max_refused": 0,
+    "data.workers": 0,
+    "model.vocabulary": 300,
+    "model.loss_chunk": 1,
+    "tune.r": 1,
+    "train.pack_tokens": 2,
+    "train.packs_per_step": 1,
+    "train.tokens_per_step": 1,
+    "train.conversations_per_step": 1,
+    "train.max_steps": 1,
+    "train.window": 1,
+    "optimizer.weight_decay": 0,
+    "optimizer.max_grad_norm": 0,
+    "checkpoint.every_steps": 0,
+    "checkpoint.keep_last": 1,
+    "eval.every_steps": 0,
+    "eval.max_conversations": 1,
+    "launch.nproc": 1,
+    "limit": 1,
+    "cluster.gpus": 1,
+}
+ABOVE_ZERO = (
+    *("data.temperature", "data.max_passes", "train.epochs", "tune.alpha", "optimizer.lr", "optimizer.eps"),
+    *("checkpoint.grace_seconds", "export.shard_gib", "cluster.memory_gib"),
+)
+# key: whether 1 itself is allowed
+FRACTIONS = {
+    "data.val_fraction": False,
+    "data.holdout_fraction": False,
+    "tune.dropout": False,
+    "optimizer.momentum": False,
+    "optimizer.warmup_ratio": True,
+    "optimizer.min_lr_ratio": True,
+}
+WORDS = {"tracking.wandb": ("offline", "online", "disabled"), "output": ("terminal", "html", "jsonl")}
+STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
+    """Every issue of a configuration that has passed the schema, one line each; empty where it can be run.
+
+    `complete=False` leaves out what may still come as objects in memory: data, model and tokenizer.
+    """
+    if cfg.config_version != CONFIG_VERSION:
+        return [
+            f"config_version: given {cfg.config_version}, this version of sftdist reads {CONFIG_VERSION}; "
+            "use the sftdist that wrote it, or start from a current preset"
+        ]
+    issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg)]
+    if complete:
+        issues += _completeness(cfg)
+    if not isinstance(cfg, InspectConfig):
+        issues += [*_steps(cfg), *_engine(cfg)]
+    return issues
+
+
+def _read(cfg: TrainConfig, key: str) -> Any:
+    """The value at a dotted key, or None where this command has no such key."""
+    try:
+        return operator.attrgetter(key)(cfg)
+    except AttributeError:
+        return None
+
+
+def _ranges(cfg: TrainConfig) -> Iterator[str]:
+    for key, least in AT_LEAST.items():
+        value = _read(cfg, key)
+        if value is not None and value < least:
+            yield f"{key}: given {value}, required at least {least}"
+    for key in ABOVE_ZERO:
+        value = _read(cfg, key)
+        if value is not None and value <= 0:
+            yield f"{key}: given {value:g}, required a number above 0"
+    for key, one_too in FRACTIONS.items():
+        value = _read(cfg, key)
+        if not (0 <= value <= 1 if one_too else 0 <= value < 1):
+            yield f"{key}: given {value:g}, required a fraction from 0 to {'1' if one_too else 'below 1'}"
+    if cfg.data.val_fraction + cfg.data.holdout_fraction >= 1:
+        yield "data.val_fraction and data.holdout_fraction sum to 1 or more: nothing is left to train on; lower them"
+    betas = cfg.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas: given {betas}, required two numbers from 0 to below 1, such as [0.9,0.95]"
+
+
+def _words(cfg: TrainConfig) -> Iterator[str]:
+    for key, words in WORDS.items():
+        value = _read(cfg, key)
+        if value is not None and value not in words:
+            yield f"{key}: given {shown(value)}, required one of {', '.join(words)}"
+    target = cfg.tune.target
+    is_names = isinstance(target, list) and target and all(isinstance(name, str) for name in target)
+    if not is_names and target != "all-linear":
+        yield f"tune.target: given {shown(target)}, required all-linear or a list such as [q_proj,v_proj]"
+
+
+def _sources(cfg: TrainConfig) -> Iterator[str]:
+    sources = cfg.data.sources
+    for name, source in sources.items():
+        if not SOURCE_NAME.fullmatch(name):
+            yield f"data.sources: given the name {name!r}, required letters, digits, '_', '-' and '.'"
+        if not _is_path(source.path):
+            forms = "a file, a glob, a folder, a list of those, or hub:NAME"
+            yield f"data.sources.{name}.path: given {shown(source.path)}, required {forms}"
+        if source.lam is not None and (issue := lambda_issue(name, source.lam)):
+            yield f"data.sources.{name}.lam: {issue}"
+        if source.max_passes is not None and source.max_passes <= 0:
+            yield f"data.sources.{name}.max_passes: given {source.max_passes:g}, required a number above 0"
+    given = [name for name, source in sources.items() if source.lam is not None]
+    without = [name for name in sources if name not in given]
+    if given and without:
+        yield (
+            f"data.sources: {', '.join(given)} have a lam and {', '.join(without)} have none; "
+            "give every source one (data.mix=...), or none for their natural shares"
+        )
+    elif given and sum(source.lam or 0.0 for source in sources.values()) <= 0:
+        yield "data.sources: the lambdas sum to 0; at least one source needs a lam above 0"
+    if cfg.data.temperature is not None and given:
+        yield "data.temperature: it sets the shares where no lambda is given; remove it, or set every lam to null"
+
+
+def _is_path(path: Any) -> bool:
+    if isinstance(path, list):
+        return bool(path) and all(isinstance(part, str) and part for part in path)
+    return isinstance(path, str) and bool(path)
+
+
+def _model(cfg: TrainConfig) -> Iterator[str]:
+    model = cfg.model
+    if model.vocabulary is not None and model.tokenizer is not None:
+        yield "model.vocabulary trains a tokenizer and model.tokenizer gives one; keep one of the two"
+    if model.vocabulary is not None and model.init == Init.pretrained and not isinstance(cfg, InspectConfig):
+        yield (
+            "model.vocabulary trains a new tokenizer, which pretrained weights do not know; "
+            "set model.init=random or model.vocabulary=null"
+        )
+    if model.shape is not None and "model_type" not in model.shape:
+        yield "model.shape: no model_type; required a transformers config with it, such as {model_type:llama,...}"
+
+
+def _completeness(cfg: TrainConfig) -> Iterator[str]:
+    model, inspecting = cfg.model, isinstance(cfg, InspectConfig)
+    if not cfg.data.sources:
+        yield "data: no source is given; give data.train=FILE, or data.sources.NAME.path=FILE for each source"
+    if not inspecting and model.init == Init.pretrained and model.path is None:
+        yield "model.path: not given; give a model's folder or hub name, or model.init=random with a model.shape"
+    if not inspecting and model.init == Init.random and model.path is None and model.shape is None:
+        yield "model.init=random: no shape is given; give model.shape (or model=NAME), or model.path for its shape"
+    if model.path is None and model.tokenizer is None and model.vocabulary is None:
+        yield "model.tokenizer: not given; give model.path, model.tokenizer, or model.vocabulary=N to train one"
+
+
+def _steps(cfg: TrainConfig) -> Iterator[str]:
+    train = cfg.train
+    sizes = [key for key in STEP_SIZES if _read(cfg, key) is not None]
+    if len(sizes) != 1:
+        given = " and ".join(sizes) or "none"
+        yield f"train: the step size is given by {given}, required exactly one of {', '.join(STEP_SIZES)}"
+    if train.epochs is None and train.max_steps is None:
+        yield "train: neither epochs nor max_steps is given; set train.epochs=N or train.max_steps=N"
+    pack = train.pack_tokens
+    if pack is not None and train.packing and pack < cfg.data.max_len:
+        yield (
+            f"train.pack_tokens: given {pack}, required at least data.max_len={cfg.data.max_len}; "
+            f"set data.max_len={pack} or train.pack_tokens={cfg.data.max_len}"
+        )
+    pack = pack or cfg.data.max_len
+    if train.tokens_per_step is not None and train.tokens_per_step < pack:
+        yield f"train.tokens_per_step: given {train.tokens_per_step}, required at least one pack, {pack} tokens"
+
+
+def _engine(cfg: TrainConfig) -> Iterator[str]:
+    stage, offload = cfg.zero.stage, cfg.zero.offload
+    if stage not in (0, 1, 2, 3):
+        yield f"zero.stage: given {stage}, required 0, 1, 2 or 3"
+    if stage == 0 and offload != Offload.none:
+        yield f"zero.offload: given {offload} with zero.stage=0, which offloads nothing; set zero.stage=2"
+    if cfg.tune.method == Method.full and (cfg.tune.dora or cfg.tune.rslora):
+        yield "tune.dora and tune.rslora are kinds of LoRA; set tune.method=lora or remove them"
+
+
+def _run(cfg: TrainConfig) -> Iterator[str]:
+    name = cfg.run.name
+    if name is not None and (not name or "/" in name or name.startswith(".")):
+        yield f"run.name: given {shown(name)}, required a name without '/' that does not begin with '.'"

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sftdist.model.backends.interface import Documents
 
 IGNORED = -100  # a position without a target
+BLOCK_ELEMENTS = {False: 2**20, True: 2**28}  # logits in float32 at a time; True: on CUDA
 
 Head = Callable[[Tensor], Tensor]
 
@@ -90,7 +91,6 @@ def chunked_ce(
     A plain linear head takes the fast way, which makes the gradients together with the loss. A head that
     must be called as a module (an adapter sits on it) is recomputed in the backward pass instead.
     """
-    weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
     if _is_plain_linear(head):
         weight = cast(Tensor, head.weight)
         total, tokens = _FusedHead.apply(hidden, weight, targets, weights, chunk, transform, torch.is_grad_enabled())
@@ -117,33 +117,30 @@ class _FusedHead(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         chunk: int,
         transform: LogitTransform,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
-        # float32, or rounding would add up over the chunks
+        grad_weight: Tensor | None = None
         wants_weight = grad_enabled and ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         tokens = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = transform((hidden[part] @ weight.T).float())
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            index = targets[part, None]
-            tokens[part] = (norm - logits.gather(1, index)).squeeze(1)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            gradient = _logit_gradient(logits, norm, index, weights[part, None], transform).to(hidden.dtype)
+            logits = hidden[part] @ weight.T
+            part_weights = None if weights is None else weights[part]
+            tokens[part] = _losses_into_gradients(logits, targets[part], part_weights, transform, grad_enabled)
             if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += gradient.T @ hidden[part]
+                torch.mm(logits, weight, out=grad_hidden[part])
+            if wants_weight:
+                product = logits.T @ hidden[part]
+                # chunks add up in float32, or each would round the sum once more
+                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(tokens)
-        return (tokens * weights).sum(), tokens
+        return (tokens if weights is None else tokens * weights).sum(), tokens
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,17 +151,36 @@ class _FusedHead(torch.autograd.Function):
         return scaled_hidden, scaled_weight, None, None, None, None, None
 
 
-def _logit_gradient(logits: Tensor, norm: Tensor, index: Tensor, weights: Tensor, transform: LogitTransform) -> Tensor:
-    """weight * (softmax - one-hot) through the transform; float32 [n,V]."""
-    gradient = torch.exp(logits - norm)
-    gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
-    gradient.mul_(weights)
-    return transform.backward_(gradient, logits)
+def _losses_into_gradients(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, transform: LogitTransform, grad_enabled: bool
+) -> Tensor:
+    """Return the losses [n]; overwrite the logits [n,V] with weight * (softmax - one-hot) through the transform.
+
+    Row block by row block, so that float32 copies stay small: in the caches of a CPU, a fraction of the logits
+    on a GPU.
+    """
+    rows = max(1, BLOCK_ELEMENTS[logits.device.type == "cuda"] // logits.shape[1])
+    losses = []
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        index = targets[part, None]
+        transformed = transform(logits[part].float())
+        log_probabilities = torch.log_softmax(transformed, dim=-1)
+        losses.append(-log_probabilities.gather(1, index).squeeze(1))
+        if grad_enabled:
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            if weights is not None:
+                gradient.mul_(weights[part, None])
+            logits[part] = transform.backward_(gradient, transformed)
+    return torch.cat(losses)
 
 
 def _recomputed(
-    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, chunk: int, transform: LogitTransform
+    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None, chunk: int, transform: LogitTransform
 ) -> Losses:
+    weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+
     def one(hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         losses = reference_ce(hidden, head, targets, weights, transform)
         return losses.total, losses.tokens
@@ -187,7 +203,7 @@ class HeadLoss(nn.Module):
         self.chunk = chunk
         self.transform = transform
 
-    def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) -> Losses:
+    def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None) -> Losses:
         return chunked_ce(hidden, head, targets, weights, self.chunk, self.transform)
 
 
@@ -216,19 +232,19 @@ class LossModel(nn.Module):
         documents = Documents.of(cu_seqlens)
         hidden = hidden_states(self.model, ids, positions, documents)
         index = supervised_positions(targets)
-        weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-        # an ignored position can only be here to keep the graph: its target is any, its weight zero
         chosen = targets[index]
-        weights = weights[index] * (chosen != IGNORED)
+        # where nothing is supervised one ignored position keeps the graph: its target is any, its weight zero
+        counted = (chosen != IGNORED).float() if weights is None else weights[index] * (chosen != IGNORED)
+        all_ones = weights is None and bool(counted[0])
         head = causal_lm(self.model).get_output_embeddings()
-        losses = self.head_loss(hidden.index_select(0, index), head, chosen.clamp_min(0), weights)
+        losses = self.head_loss(hidden.index_select(0, index), head, chosen.clamp_min(0), None if all_ones else counted)
         lengths = cu_seqlens.diff().to(source.device)
         sources = source.repeat_interleave(lengths, output_size=documents.tokens)[index]
         empty = torch.zeros(self.num_sources, dtype=torch.float32, device=ids.device)
         return LossOutput(
             sum=losses.total,
-            per_source=empty.index_add(0, sources, losses.tokens * weights),
-            counts=empty.index_add(0, sources, weights),
+            per_source=empty.index_add(0, sources, losses.tokens * counted),
+            counts=empty.index_add(0, sources, counted),
         )
 
 

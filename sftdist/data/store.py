@@ -139,23 +139,21 @@ def ids_dtype(vocabulary: int) -> str:
 
 def write_store(
     final: Path,
-    blocks: Iterable[Block],
+    produce: Callable[[Path], Iterable[Block]],
     *,
     name: str,
     vocabulary: int,
     describe: Callable[[StoreFigures], dict[str, Any]],
-    attach: Callable[[Path], None] = lambda folder: None,
 ) -> TokenStore:
-    """Write the blocks as a store at `final` and open it; only a complete store ever appears there.
+    """Write blocks as a store at `final` and open it; only a complete store ever appears there.
 
-    `describe` turns the figures into further keys of `store.json` once the last block is written;
-    `attach` may put further files into the folder (the tokenizer, the rejected rows).
+    `produce` gets the folder, so that it can write further files beside the columns; `describe` turns the
+    figures into further keys of `store.json` once the last block is written.
     """
     with publish_directory(final) as folder:
         with StoreWriter(folder, ids_dtype(vocabulary)) as writer:
-            for block in blocks:
+            for block in produce(folder):
                 writer.add(block)
-        attach(folder)
         described = describe(writer.figures)
         write_json(folder / "store.json", {"format": STORE_FORMAT, "name": name, **writer.header(), **described})
     return TokenStore.open(final)

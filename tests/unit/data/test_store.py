@@ -37,7 +37,7 @@ def write(path: Path, blocks: list[Block], vocabulary: int = 100, **meta: Any) -
     def describe(figures: StoreFigures) -> dict[str, Any]:
         return {"key": "k", "files": ["x.jsonl"], "stop_share": figures.stop_share([7, 9, 2]), **meta}
 
-    return write_store(path, blocks, name="s", vocabulary=vocabulary, describe=describe)
+    return write_store(path, lambda _: blocks, name="s", vocabulary=vocabulary, describe=describe)
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_stop_share_looks_at_the_last_supervised_token(tmp_path: Path) -> No
     figures: list[StoreFigures] = []
     write_store(
         tmp_path / "s",
-        [block(ROWS)],
+        lambda _: [block(ROWS)],
         name="s",
         vocabulary=100,
         describe=lambda f: figures.append(f) or {"files": []},  # type: ignore[func-returns-value]
@@ -115,12 +115,12 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    def blocks() -> Any:
+    def blocks(folder: Path) -> Any:
         yield block(ROWS)
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        write_store(tmp_path / "s", blocks(), name="s", vocabulary=9, describe=lambda _: {})
+        write_store(tmp_path / "s", blocks, name="s", vocabulary=9, describe=lambda _: {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,119 @@
+"""Rows that cannot be used: written down one by one, told in groups, with the overrides to go on without them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sftdist.data.schema import Conversation
+from sftdist.data.sources import Rejected
+from sftdist.data.template import Refusal
+
+BAD, REFUSED = "bad", "refused"
+EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that is left out. kind: bad (cannot be parsed) or refused (its mask cannot be proven)."""
+
+    kind: str
+    source: str
+    file: str
+    line: int
+    id: str
+    reason: str
+    message: str  # `field: what was given, what is required`
+    row: str
+
+    def to_dict(self, shown: str) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "source": self.source,
+            "file": shown,
+            "line": self.line,
+            "id": self.id,
+            "reason": self.reason,
+            "message": self.message,
+            "row": self.row,
+        }
+
+
+def bad_row(source: str, rejected: Rejected) -> Problem:
+    r = rejected.reject
+    message = f"{r.field}: given {r.given}, required {r.required}"
+    return Problem(BAD, source, r.file, r.line, r.id, r.reason, message, rejected.row)
+
+
+def refused_row(source: str, conversation: Conversation, refusal: Refusal, row: str) -> Problem:
+    where = "conversation" if refusal.turn is None else f"assistant turn {refusal.turn}"
+    message = f"{where}: {refusal.reason}: {refusal.detail}"
+    file, line = conversation.file, conversation.line
+    return Problem(REFUSED, source, file, line, conversation.id, refusal.reason, message, row)
+
+
+@dataclass
+class Group:
+    """Problems with one reason: how many, and the first few as they are shown."""
+
+    kind: str
+    reason: str
+    rows: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+class Problems:
+    """All problems of a run by reason; memory holds a few examples of each."""
+
+    def __init__(self) -> None:
+        self.groups: dict[tuple[str, str], Group] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one row of a file of problems."""
+        key = (row["kind"], row["reason"])
+        group = self.groups.setdefault(key, Group(*key))
+        group.rows += 1
+        if len(group.examples) < EXAMPLES:
+            group.examples.append(f"{row['file']}:{row['line']}: {row['message']}")
+
+    def count(self, kind: str) -> int:
+        return sum(group.rows for group in self.groups.values() if group.kind == kind)
+
+    def refusal(self, *, max_bad_rows: int, max_refused: int, written_to: Path) -> str | None:
+        """The message that ends prepare, its last line the overrides to paste; None when the limits allow it."""
+        bad, refused = self.count(BAD), self.count(REFUSED)
+        if bad <= max_bad_rows and refused <= max_refused:
+            return None
+        lines = [
+            f"{bad} rows cannot be parsed (allowed: data.max_bad_rows={max_bad_rows}), "
+            f"{refused} rows have no provable mask (allowed: data.max_refused={max_refused})."
+        ]
+        for group in sorted(self.groups.values(), key=lambda group: (group.kind, -group.rows, group.reason)):
+            lines.append(f"{group.kind}: {group.reason}: {group.rows} rows")
+            lines += [f"  {example}" for example in group.examples]
+        overrides = [f"data.max_bad_rows={max(bad, max_bad_rows)}"] if bad else []
+        overrides += [f"data.max_refused={max(refused, max_refused)}"] if refused else []
+        lines.append(f"All of them, with their rows, are in {written_to}. Repair them, or leave them out with:")
+        return "\n".join([*lines, " ".join(overrides)])
+
+
+def write_problems(path: Path, rows: Iterable[Mapping[str, Any]], see: Callable[[Mapping[str, Any]], None]) -> None:
+    """Replace the file of bad rows in one step, showing each row to `see`; without rows there is no file."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    found = False
+    try:
+        with temp.open("w", encoding="utf-8") as file:
+            for row in rows:
+                found = True
+                see(row)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if found:
+            temp.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        temp.unlink(missing_ok=True)

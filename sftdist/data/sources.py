@@ -1,0 +1,279 @@
+"""Where rows come from: JSONL, parquet, Hub datasets and objects in memory; all end as conversations.
+
+JSON lines are read as bytes and parsed one by one: no column has a type that a later row could break.
+Reading (`chunks`, one process) and parsing (`parse_chunk`, many) are apart, and memory does not grow
+with the size of a file. Names in chunks are relative to the files' common folder, so a store does not
+depend on where its input lay.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sftdist.core.errors import DataError
+from sftdist.core.settings import RowShape
+from sftdist.core.storage import sha256_file
+from sftdist.data.jsonline import decode_line
+from sftdist.data.message import RowError, show
+from sftdist.data.rowfunction import load_row_function, row_function_source
+from sftdist.data.schema import Conversation, Reject, parse
+
+CHUNK_ROWS = 512
+CHUNK_BYTES = 4_000_000
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named source: where it is and how its rows are read. `key` is the option that the user wrote."""
+
+    name: str
+    path: str | tuple[str, ...] | None = None
+    key: str = "data.train"
+    shape: RowShape = RowShape.auto
+    row_function: str | None = None
+    hub_split: str = "train"
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    rows: datasets.Dataset | Iterable[Mapping[str, Any]] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file or table of a source: `name` goes into the store, `shown` into messages."""
+
+    name: str
+    shown: str
+    file: Path | None = None
+    table: datasets.Dataset | Iterable[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive raw rows of one part; a row is (line from 1, bytes of a JSON line or a mapping)."""
+
+    part: int
+    rows: list[tuple[int, bytes | Mapping[str, Any]]]
+    torn: bool = False  # the file ends without a line end after the last of these rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is no conversation, with the row itself as it was given."""
+
+    reject: Reject
+    row: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What became of a chunk: conversations with their raw rows, in order; rejects; rows a function left out."""
+
+    read: int
+    conversations: list[tuple[Conversation, bytes | Mapping[str, Any]]]
+    rejected: list[Rejected]
+    left_out: int
+
+
+# --- finding the parts --------------------------------------------------------------------------------
+
+
+def parts_of(source: Source) -> list[Part]:
+    """The files and tables of a source, in a fixed order; a `DataError` names everything that is missing."""
+    if source.rows is not None:
+        return [Part("memory", "memory", table=source.rows)]
+    entries = (source.path,) if isinstance(source.path, str) else tuple(source.path or ())
+    problems: list[str] = []
+    files: list[Path] = []
+    tables: list[Part] = []
+    for entry in entries:
+        try:
+            if entry.startswith("hub:"):
+                tables.append(_hub_part(entry.removeprefix("hub:"), source))
+            else:
+                files += _files(entry, source.key)
+        except DataError as problem:
+            problems.append(str(problem))
+    if not entries:
+        problems.append(f"{source.key}: given nothing, required a file, folder, glob or hub:NAME")
+    problems += [f"{file}: given an empty file, required at least one row" for file in files if not file.stat().st_size]
+    if problems:
+        raise DataError("\n".join(problems))
+    return [*_file_parts(files), *tables]
+
+
+def _files(entry: str, key: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+        if not found:
+            raise DataError(
+                f"{key}: given folder {entry} without matches, required files of {' '.join(SUFFIXES)} in it"
+            )
+        return found
+    if glob.has_magic(entry):
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if not found:
+            raise DataError(f"{key}: given glob {entry} without matches, required at least one file")
+        return found
+    raise DataError(f"{key}: given {entry}, which does not exist, required a file, folder, glob or hub:NAME")
+
+
+def _file_parts(files: list[Path]) -> list[Part]:
+    if not files:
+        return []
+    base = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    return [Part(file.absolute().relative_to(base).as_posix(), str(file), file=file) for file in files]
+
+
+def _hub_part(name: str, source: Source) -> Part:
+    try:
+        table = datasets.load_dataset(name, source.hub_config, split=source.hub_split, revision=source.hub_revision)
+    except (FileNotFoundError, ValueError, ConnectionError) as problem:
+        required = "a dataset and split that load (see hub_config, hub_split, hub_revision)"
+        raise DataError(f"{source.key}: given hub:{name}, required {required}: {problem}") from problem
+    return Part(f"hub:{Path(name).name}", f"hub:{name}", table=table)
+
+
+# --- what the parts hold ------------------------------------------------------------------------------
+
+
+def fingerprint(source: Source, parts: list[Part]) -> dict[str, Any]:
+    """Everything about a source that changes its conversations: the bytes, the shape, the row function's source."""
+    return {
+        "input": [[part.name, sha256_file(part.file) if part.file else _table_digest(part)] for part in parts],
+        "shape": str(source.shape),
+        "row_function": row_function_source(source.row_function) if source.row_function else None,
+    }
+
+
+def _table_digest(part: Part) -> str:
+    found = hashlib.sha256()
+    for row in part.table or ():
+        found.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return found.hexdigest()
+
+
+def chunks(parts: list[Part]) -> Iterator[Chunk]:
+    """All rows of all parts in order; blank lines are skipped but count as lines."""
+    for number, part in enumerate(parts):
+        if part.file is not None and part.file.suffix != ".parquet":
+            yield from _line_chunks(number, part.file)
+        else:
+            yield from _table_chunks(number, _parquet_rows(part) if part.file else part.table or ())
+
+
+def _line_chunks(part: int, file: Path) -> Iterator[Chunk]:
+    rows: list[tuple[int, bytes | Mapping[str, Any]]] = []
+    size, raw = 0, b"\n"
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            line = raw.removeprefix(BOM) if number == 1 else raw
+            line = line.rstrip(b"\r\n")
+            if not line.strip():
+                continue
+            rows.append((number, line))
+            size += len(line)
+            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield Chunk(part, rows, torn=not raw.endswith(b"\n"))
+                rows, size = [], 0
+    if rows:
+        yield Chunk(part, rows, torn=not raw.endswith(b"\n"))
+
+
+def _parquet_rows(part: Part) -> Iterable[Mapping[str, Any]]:
+    """Row group by row group: nothing is copied into a cache."""
+    files = {"train": [glob.escape(str(part.file))]}
+    try:
+        yield from datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    except (ValueError, OSError) as problem:  # what pyarrow's errors derive from
+        raise DataError(f"{part.shown}: given a file that is not parquet ({problem}), required parquet") from problem
+
+
+def _table_chunks(part: int, table: Iterable[Mapping[str, Any]]) -> Iterator[Chunk]:
+    rows: list[tuple[int, bytes | Mapping[str, Any]]] = []
+    for number, row in enumerate(table, start=1):
+        rows.append((number, row))
+        if len(rows) >= CHUNK_ROWS:
+            yield Chunk(part, rows)
+            rows = []
+    if rows:
+        yield Chunk(part, rows)
+
+
+# --- from raw rows to conversations -------------------------------------------------------------------
+
+
+def parse_chunk(chunk: Chunk, source: Source, part: Part) -> Parsed:
+    """Parse every row of a chunk; problems are collected, never raised."""
+    function = load_row_function(source.row_function) if source.row_function else None
+    found = Parsed(len(chunk.rows), [], [], 0)
+    left_out = 0
+    for i, (line, raw) in enumerate(chunk.rows):
+        torn = chunk.torn and i == len(chunk.rows) - 1
+        try:
+            rows = _rows_of(raw, torn, function)
+        except RowError as problem:
+            rows, place = [], f"{part.name}:{line}"
+            reject = Reject(place, part.name, line, problem.field, problem.given, problem.required, problem.reason)
+            found.rejected.append(Rejected(reject, raw_text(raw)))
+            continue
+        left_out += not rows
+        for k, row in enumerate(rows):
+            row_id = f"{part.name}:{line}" + (f".{k + 1}" if len(rows) > 1 else "")
+            result = parse(row, source.shape, file=part.name, line=line, id=row_id)
+            if isinstance(result, Conversation):
+                found.conversations.append((result, raw))
+            else:
+                found.rejected.append(Rejected(result, raw_text(raw)))
+    return Parsed(found.read, found.conversations, found.rejected, left_out)
+
+
+def conversations(source: Source) -> Iterator[Conversation | Reject]:
+    """Every row of a source in file order, before deduplication and split."""
+    parts = parts_of(source)
+    for chunk in chunks(parts):
+        parsed = parse_chunk(chunk, source, parts[chunk.part])
+        rows: list[Conversation | Reject] = [conversation for conversation, _ in parsed.conversations]
+        rows += [rejected.reject for rejected in parsed.rejected]
+        yield from sorted(rows, key=lambda row: row.line)
+
+
+def raw_text(raw: bytes | Mapping[str, Any]) -> str:
+    """A raw row as text, for the file of bad rows."""
+    return raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else show(raw, limit=1_000_000)
+
+
+def _rows_of(raw: bytes | Mapping[str, Any], torn: bool, function: Callable[[Any], Any] | None) -> list[Any]:
+    row = decode_line(raw, torn=torn) if isinstance(raw, bytes) else _without_nulls(raw)
+    if function is None:
+        return [row]
+    try:
+        rows = function(row)
+    except Exception as problem:  # the user's code: whatever it raises is a problem of this row, and is reported as one
+        given = f"{type(problem).__name__}: {problem}"
+        raise RowError("row", given, "a row that the row function accepts", "row function failed") from problem
+    if rows is None:
+        return []
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables fill every key that any row has: an absent key comes back as null, inside tool schemas too."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value

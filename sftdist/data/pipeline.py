@@ -1,0 +1,334 @@
+"""The whole of prepare: sources in, one verified token store per source and a data report out.
+
+A store is found by its content key, the hash of everything that changes its bytes and of nothing else.
+Several processes may prepare the same thing at the same moment: each store is published whole, once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sftdist.core.errors import ConfigError, DataError
+from sftdist.core.storage import publish_directory, read_json, read_jsonl, sha256_json, verify_directory
+from sftdist.data.build import build_store
+from sftdist.data.clean import CLEAN_VERSION, normalise
+from sftdist.data.encode import Job, Workers
+from sftdist.data.problems import Problems, write_problems
+from sftdist.data.report import Preparation, data_report
+from sftdist.data.schema import SCHEMA_VERSION, Conversation
+from sftdist.data.sources import Part, Source, chunks, conversations, fingerprint, parse_chunk, parts_of
+from sftdist.data.split import SPLIT_VERSION, prompt_key, split_of
+from sftdist.data.store import HOLDOUT, STORE_FORMAT, TRAIN, VALIDATION, TokenStore
+from sftdist.data.template import ChatTemplate, MaskOptions
+from sftdist.data.vocabulary import VOCABULARY_VERSION, texts_of, train_tokenizer
+
+BAD_ROWS = "bad_rows.jsonl"
+KEY_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """A source and how its assistant turns are trained."""
+
+    source: Source
+    mask: MaskOptions = field(default_factory=MaskOptions)
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """Everything that prepare needs. `tokenizer`: a folder, a Hub name or an object; without: `vocabulary`."""
+
+    sources: tuple[SourceRequest, ...]
+    store_dir: Path
+    validation: SourceRequest | None = None
+    holdout: SourceRequest | None = None
+    tokenizer: str | PreTrainedTokenizerBase | None = None
+    revision: str | None = None
+    vocabulary: int | None = None
+    chat_template: str | None = None
+    validation_fraction: float = 0.02
+    holdout_fraction: float = 0.02
+    deduplicate: bool = True
+    max_bad_rows: int = 0
+    max_refused: int = 0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Open stores by source, those of the user's own validation and holdout files, the template, the report."""
+
+    stores: dict[str, TokenStore]
+    held_out: dict[str, TokenStore]
+    template: ChatTemplate
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What prepare would have to do: the sources without a store, and how many rows they have."""
+
+    missing: tuple[str, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One store to have: the job that makes it, its content key, and the sources whose prompts it must not hold."""
+
+    job: Job
+    ingredients: dict[str, Any]
+    path: Path
+    forbidden: tuple[SourceRequest, ...]
+
+    @property
+    def name(self) -> str:
+        return self.job.source.name
+
+
+def prepare(request: PrepareRequest, say: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Make or find every store, check them, and report.
+
+    `DataError` with all problems of all sources at once; its last line is the overrides that would go on.
+    """
+    roles = _roles(request)
+    parts = _all_parts(roles)
+    template = _template(request, parts, say)
+    tasks = _tasks(request, roles, parts, template)
+    workers = Workers([task.job for task in tasks], request.workers)
+    try:
+        done = [_have_store(request, task, number, workers, say) for number, task in enumerate(tasks)]
+    finally:
+        workers.close()
+    problems = _gather_problems(request.store_dir / BAD_ROWS, tasks, [found.store for found in done])
+    _check(request, problems, [found.store for found in done])
+    report = data_report(done, problems, template)
+    stores = {task.name: found.store for task, found in zip(tasks, done, strict=True)}
+    train = {entry.source.name for entry in request.sources}
+    return Prepared(
+        stores={name: store for name, store in stores.items() if name in train},
+        held_out={name: store for name, store in stores.items() if name not in train},
+        template=template,
+        report=report,
+    )
+
+
+def survey(request: PrepareRequest, at_most: int) -> Survey:
+    """Which stores are missing and how many raw rows they would take (counted up to `at_most`); tokenises nothing."""
+    roles = _roles(request)
+    parts = _all_parts(roles)
+    trained = None if request.vocabulary is None else _vocabulary_path(request, parts)
+    if trained is not None and not trained.is_dir():
+        missing = [entry.source.name for entry, _ in roles]
+    else:
+        tasks = _tasks(request, roles, parts, _template(request, parts, lambda line: None))
+        missing = [task.name for task in tasks if not task.path.is_dir()]
+    rows = 0
+    for chunk in chain.from_iterable(chunks(parts[name]) for name in missing):
+        rows += len(chunk.rows)
+        if rows >= at_most:
+            break
+    return Survey(tuple(missing), min(rows, at_most))
+
+
+# --- what is asked for --------------------------------------------------------------------------------
+
+
+def _roles(request: PrepareRequest) -> list[tuple[SourceRequest, int | None]]:
+    """Every source with the split that all its rows belong to, or None where the hash decides."""
+    roles: list[tuple[SourceRequest, int | None]] = [(entry, None) for entry in request.sources]
+    roles += [(request.validation, VALIDATION)] if request.validation else []
+    roles += [(request.holdout, HOLDOUT)] if request.holdout else []
+    names = [entry.source.name for entry, _ in roles]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"data.sources: given the names {', '.join(names)}, required each name once")
+    return roles
+
+
+def _all_parts(roles: Sequence[tuple[SourceRequest, int | None]]) -> dict[str, list[Part]]:
+    found: dict[str, list[Part]] = {}
+    problems: list[str] = []
+    for entry, _ in roles:
+        try:
+            found[entry.source.name] = parts_of(entry.source)
+        except DataError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
+
+
+def _template(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> ChatTemplate:
+    if request.vocabulary is not None:
+        path = _trained_vocabulary(request, parts, say)
+        return ChatTemplate.load(str(path), chat_template=request.chat_template or "chatml")
+    if request.tokenizer is None:
+        raise ConfigError("model.path: given nothing, required a tokenizer; set model.path or model.tokenizer")
+    if isinstance(request.tokenizer, str):
+        return ChatTemplate.load(request.tokenizer, revision=request.revision, chat_template=request.chat_template)
+    return ChatTemplate.of(request.tokenizer, request.chat_template)
+
+
+def _tasks(
+    request: PrepareRequest,
+    roles: Sequence[tuple[SourceRequest, int | None]],
+    parts: dict[str, list[Part]],
+    template: ChatTemplate,
+) -> list[Task]:
+    prints = {name: fingerprint(entry.source, parts[name]) for entry, _ in roles for name in [entry.source.name]}
+    fixed = {VALIDATION: request.validation, HOLDOUT: request.holdout}
+    tasks = []
+    for entry, split in roles:
+        # A prompt of the user's holdout is kept out of validation and training, one of validation out of training.
+        later = (VALIDATION, HOLDOUT) if split is None else (HOLDOUT,) if split == VALIDATION else ()
+        forbidden = tuple(other for role in later if (other := fixed[role]) is not None)
+        job = Job(
+            source=entry.source,
+            parts=tuple(parts[entry.source.name]),
+            template=template,
+            mask=entry.mask,
+            validation=0.0 if request.validation else request.validation_fraction,
+            holdout=0.0 if request.holdout else request.holdout_fraction,
+            split=split,
+        )
+        ingredients = {
+            "format": [STORE_FORMAT, SCHEMA_VERSION, CLEAN_VERSION, SPLIT_VERSION],
+            **prints[entry.source.name],
+            **template.fingerprint(),
+            "clean": {"deduplicate": request.deduplicate},
+            "split": {"split": split, "validation": job.validation, "holdout": job.holdout},
+            "mask": {k: str(v) for k, v in vars(entry.mask).items()},
+            "held_out": [prints[other.source.name] for other in forbidden],
+        }
+        key = sha256_json(ingredients)[:KEY_DIGITS]
+        tasks.append(Task(job, ingredients, request.store_dir / f"{entry.source.name}-{key}", forbidden))
+    return tasks
+
+
+# --- having a store -----------------------------------------------------------------------------------
+
+
+def _have_store(
+    request: PrepareRequest, task: Task, number: int, workers: Workers, say: Callable[[str], None]
+) -> Preparation:
+    damaged = verify_directory(task.path) if task.path.is_dir() else []
+    if damaged:
+        say(f"{task.name}: the store is damaged and is written again ({damaged[0]})")
+        shutil.rmtree(task.path)
+    if task.path.is_dir():
+        say(f"{task.name}: {task.path} is up to date")
+        return Preparation(TokenStore.open(task.path), reused=True, changed=[])
+    changed = changed_ingredients(task.path, task.name, task.ingredients)
+    if changed:
+        say(f"{task.name}: tokenised again, for these have changed: {', '.join(changed)}")
+    forbidden = frozenset(prompt for other in task.forbidden for prompt in _prompts(other.source))
+    stats = _input_stats(task.job.parts)
+    store = build_store(
+        task.path,
+        task.job,
+        workers.encode(number, chunks(list(task.job.parts))),
+        deduplicate=request.deduplicate,
+        forbidden=forbidden,
+        ingredients=task.ingredients,
+        say=say,
+        verify=lambda: _unchanged(task.job.parts, stats),
+    )
+    return Preparation(store, reused=False, changed=changed)
+
+
+def changed_ingredients(path: Path, name: str, ingredients: dict[str, Any]) -> list[str]:
+    """How the newest other store of the same source differs from the one that is wanted."""
+    folders = [f for f in path.parent.glob(f"{name}-*") if f != path and (f / "store.json").is_file()]
+    manifests = [read_json(folder / "store.json") for folder in sorted(folders, key=lambda f: -f.stat().st_mtime_ns)]
+    newest = next((m for m in manifests if m.get("name") == name), None)
+    if newest is None:
+        return []
+    before = newest["ingredients"]
+    return [key for key in {**before, **ingredients} if before.get(key) != ingredients.get(key)]
+
+
+def _prompts(source: Source) -> Iterator[bytes]:
+    return (prompt_key(normalise(row)) for row in conversations(source) if isinstance(row, Conversation))
+
+
+def _input_stats(parts: Iterable[Part]) -> list[tuple[int, int]]:
+    stats = [part.file.stat() for part in parts if part.file is not None]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def _unchanged(parts: Sequence[Part], before: list[tuple[int, int]]) -> None:
+    if _input_stats(parts) != before:
+        files = ", ".join(part.shown for part in parts)
+        raise DataError(f"{files}: given a file that changed while it was read, required one that rests; run it again")
+
+
+# --- the trained vocabulary ---------------------------------------------------------------------------
+
+
+def _vocabulary_path(request: PrepareRequest, parts: dict[str, list[Part]]) -> Path:
+    prints = [fingerprint(entry.source, parts[entry.source.name]) for entry in request.sources]
+    fractions = [request.validation_fraction, request.holdout_fraction]
+    key = sha256_json([VOCABULARY_VERSION, request.vocabulary, prints, fractions])[:KEY_DIGITS]
+    return request.store_dir / f"tokenizer-{key}"
+
+
+def _trained_vocabulary(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> Path:
+    path = _vocabulary_path(request, parts)
+    if not path.is_dir():
+        say(f"training a tokenizer of {request.vocabulary} entries on the train rows of all sources")
+        texts = (text for entry in request.sources for text in _train_texts(request, entry.source, parts))
+        tokenizer = train_tokenizer(texts, request.vocabulary or 0)
+        with publish_directory(path) as folder:
+            tokenizer.save_pretrained(str(folder))
+    return path
+
+
+def _train_texts(request: PrepareRequest, source: Source, parts: dict[str, list[Part]]) -> Iterator[str]:
+    """The text of the train split alone: what is held out must not shape the tokenizer."""
+    for chunk in chunks(parts[source.name]):
+        for row, _ in parse_chunk(chunk, source, parts[source.name][chunk.part]).conversations:
+            row = normalise(row)
+            validation, holdout = request.validation_fraction, request.holdout_fraction
+            if split_of(prompt_key(row), validation=validation, holdout=holdout) == TRAIN:
+                yield from texts_of(row)
+
+
+# --- what is wrong ------------------------------------------------------------------------------------
+
+
+def _gather_problems(path: Path, tasks: Sequence[Task], stores: Sequence[TokenStore]) -> Problems:
+    """All left-out rows of all stores, in `bad_rows.jsonl` beside them and in groups."""
+    problems = Problems()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for task, store in zip(tasks, stores, strict=True):
+            shown = {part.name: part.shown for part in task.job.parts}
+            for row in read_jsonl(store.path / "rejects.jsonl"):
+                yield {**row, "file": shown[row["file"]]}
+
+    write_problems(path, rows(), problems.add)
+    return problems
+
+
+def _check(request: PrepareRequest, problems: Problems, stores: Sequence[TokenStore]) -> None:
+    found: list[str] = []
+    for store in stores:
+        if not len(store):
+            given = f"{store.name}: given no conversation that can be trained on"
+            found.append(f"{given} ({store.manifest['counts']['read']['rows']} rows read), required at least one")
+        elif store.manifest["stop_share"] < 1.0:
+            given = f"{store.name}: given {store.manifest['stop_share']:.1%} of the rows end with a stop token"
+            found.append(f"{given}, required all; use a chat template whose end-of-turn marker is one special token")
+    refusal = problems.refusal(
+        max_bad_rows=request.max_bad_rows, max_refused=request.max_refused, written_to=request.store_dir / BAD_ROWS
+    )
+    found += [refusal] if refusal else []
+    if found:
+        raise DataError("\n".join(found))

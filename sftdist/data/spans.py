@@ -42,6 +42,7 @@ class Closing:
 
     marker: str  # what the model must emit to end its turn, e.g. "<|im_end|>"
     tail: str  # what follows it without being emitted, e.g. "\n", or Phi-3's "\n<|endoftext|>"
+    header: str  # what the generation prompt adds, e.g. "<|im_start|>assistant\n"; "" in templates like "[INST] ..."
 
     @property
     def text(self) -> str:
@@ -74,7 +75,25 @@ def find_closing(renderer: Renderer) -> Closing:
             "the template writes nothing after the last assistant turn, so the model would never learn to stop; "
             "give a template that ends the turn (model.chat_template=chatml|llama3|FILE)",
         )
-    return Closing(marker, at_end[len(marker) :])
+    return Closing(marker, at_end[len(marker) :], _find_header(renderer, dialect, question, answer))
+
+
+def _find_header(renderer: Renderer, dialect: Dialect, question: Message, answer: Message) -> str:
+    """What `add_generation_prompt` adds; a template with a header that it does not add would have it trained."""
+    dicts = [as_dict(question, dialect), as_dict(answer, dialect)]
+    prompt = renderer.render(dicts[:1], (), prompt=True)
+    try:
+        history = renderer.raw(dicts[:1], ())
+    except RENDER_ERRORS:
+        return ""
+    header = prompt[len(_common_units(prompt, history)) :]
+    whole = renderer.render(dicts, ())
+    written = whole[len(prompt) : whole.rindex(answer.content)].strip() if whole.startswith(prompt) else ""
+    if not header.strip() and written:
+        given = f"add_generation_prompt adds nothing, though an assistant turn begins with {written!r}"
+        advice = "the model would be trained to write the header; use a template that adds it to the prompt"
+        raise Unproven("template has no generation prompt", f"{given}: {advice}")
+    return header
 
 
 def _common_units(text: str, other: str) -> str:
@@ -121,6 +140,10 @@ class Locator:
         turn_last = self.text if is_last else self.renderer.render(self.dicts[: index + 1], self.tools)
         if not turn_last.startswith(prompt):
             raise self._wrong_prompt(index, number, prompt, turn_last)
+        header = self.closing.header.strip()
+        if header and turn_last[len(prompt) :].lstrip().startswith(header):
+            given = f"serving sends {prompt[-40:]!r} and the turn begins with the header {header!r}"
+            raise Unproven(f"generation prompt lacks {header}", f"{given}; the header would be trained", number)
         end = self._end(turn_last, index, number)
         if end <= len(prompt):
             raise Unproven("empty turn", f"nothing follows the generation prompt {prompt[-40:]!r}", number)

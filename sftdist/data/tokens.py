@@ -40,6 +40,9 @@ class Tokens:
     ranges: list[tuple[int, int]]
 
 
+MAX_HEADERS = 256  # cached ones; a template whose headers have no added token has as many as rows
+
+
 class Encoder:
     """The Rust tokenizer of a Hugging Face tokenizer, without truncation, padding and post-processing.
 
@@ -54,6 +57,7 @@ class Encoder:
         self.backend: Tokenizer = Tokenizer.from_str(text)
         self.added: dict[int, str] = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
         self.bos_token_id = bos_token_id
+        self._headers: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -73,10 +77,27 @@ class Encoder:
             end = _border(encoding, span.end, len(sample.text), len(ids))
             if end is None:
                 end = self._marker_with_space(encoding, sample.text, span.end)
-            if start is None or end is None:
+            if start is None or end is None or not self._is_as_sent(encoding, ids, start, sample.text, span.start):
                 return self._pieces(sample)
             ranges.append((start, end))
         return Tokens(ids, ranges)
+
+    def _is_as_sent(self, encoding: Encoding, ids: list[int], token: int, text: str, at: int) -> bool:
+        """Whether the prompt before a span has the tokens that it has without the answer behind it.
+
+        GPT-2's pattern, for one, splits "\\n\\n" before a word and keeps it whole at the end of a text. What stands
+        before an added token has no influence behind it, so only the header's own text is tokenised again, once.
+        """
+        first = token
+        while first > 0 and ids[first - 1] not in self.added:
+            first -= 1
+        begin = _characters(encoding, first - 1)[1] if first > 0 else 0
+        header = text[begin:at]
+        if header not in self._headers:
+            if len(self._headers) >= MAX_HEADERS:
+                self._headers.clear()
+            self._headers[header] = self.ids(header)
+        return self._headers[header] == ids[first:token]
 
     def _marker_with_space(self, encoding: Encoding, text: str, end: int) -> int | None:
         """The token after an end marker that swallows the white space behind it (`rstrip`, as in Phi-3)."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sftdist.training.console import PlainConsole, ProgressConsole, open_console, other_line
-from sftdist.training.meter import Meter, StepFacts, memory_gib
+from sftdist.training.meter import PEAK_FLOPS, Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, open_tracker
 
 
@@ -193,6 +193,29 @@ def test_meter_without_a_known_peak_or_a_target() -> None:
     assert Meter(("domain", "general", "format"), None).line(FACTS)["mfu"] is None
     with pytest.raises(ValueError, match="argument"):
         Meter(("domain",), None).line(FACTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_of_known_gpus(name: str, per_gpu: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), 4) == (None if per_gpu is None else 4 * per_gpu)
+    assert peak_flops(torch.device("cpu"), 4) is None
+    parts = list(PEAK_FLOPS)
+    assert all(short not in long for i, short in enumerate(parts) for long in parts[i + 1 :])
 
 
 def test_memory_is_the_peak_of_this_process() -> None:

@@ -6,11 +6,13 @@ wrong types are found afterwards by `core.typed`, all at once, whether a key cam
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,19 +28,41 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sftdist.core.command import Command, run_command
 from sftdist.core.errors import ConfigError
-from sftdist.core.mix import lambdas_of, normalised
+from sftdist.core.mix import expand
 from sftdist.core.rules import check
-from sftdist.core.settings import DataSettings, SourceSettings, TrainConfig
-from sftdist.core.storage import sha256_json, write_text
-from sftdist.core.typed import build, to_plain
+from sftdist.core.settings import TrainConfig
+from sftdist.core.snapshot import (
+    FILE,
+    SECTIONS,
+    config_hash,
+    differences,
+    from_dict,
+    one_line,
+    read_config,
+    read_yaml,
+    to_dict,
+    to_yaml,
+    write_config,
+)
+from sftdist.core.typed import build, options, shown, to_plain
 
-__all__ = ["check", "compose", "config_hash", "from_dict", "presets", "read_config", "to_dict", "write_config"]
-
+__all__ = [
+    "FILE",
+    "check",
+    "compose",
+    "config_hash",
+    "differences",
+    "from_dict",
+    "main",
+    "presets",
+    "read_config",
+    "to_dict",
+    "to_yaml",
+    "write_config",
+]
 T = TypeVar("T", bound=TrainConfig)
-FILE = "config.yaml"
-# A run keeps its name, and can be resumed, when only these change.
-NOT_HASHED = ("run", "tracking", "launch", "zero", "checkpoint", "eval", "dry_run")
 _BASE = "sftdist"
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
@@ -63,58 +87,18 @@ def compose(
         container = _merge(words, schema)
         issues = words.issues
         cfg = build(schema, container, issues)
-        _expand(cfg, words)
-    issues += check(cfg, complete=complete)
-    issues += [issue for rule in checks for issue in rule(cfg)]
+        issues += expand(cfg.data, _named_mix)
+        if not words.refused:  # with a group missing, the rules would only report its absence again
+            found = check(cfg, complete=complete)
+            if found and complete and cfg.exp == TrainConfig().exp:
+                issues.append(f"exp: none is given; the presets are {', '.join(_options('exp'))}: add +exp=NAME")
+            issues += found
+            issues += [issue for rule in checks for issue in rule(cfg)]
     if issues:
         raise ConfigError(list(dict.fromkeys(issues)))
     cfg.run.name = cfg.run.name or _name(cfg)
     cfg.run.dir = cfg.run.dir or f"runs/{cfg.run.name}"
     return cfg
-
-
-def to_dict(cfg: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain mappings, lists and scalars."""
-    plain: dict[str, Any] = to_plain(cfg)
-    return plain
-
-
-def from_dict(values: Mapping[str, Any], schema: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
-    """The configuration that `to_dict` gave. Raises ConfigError with all issues."""
-    issues: list[str] = []
-    cfg = build(schema, values, issues)
-    if issues:
-        raise ConfigError(issues)
-    return cfg
-
-
-def to_yaml(cfg: TrainConfig) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
-
-
-def write_config(run_dir: Path, cfg: TrainConfig) -> None:
-    """Write `run_dir/config.yaml` in one step."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / FILE, to_yaml(cfg))
-
-
-def read_config(run_dir: Path, schema: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
-    """The configuration in `run_dir/config.yaml`. Raises ConfigError."""
-    path = run_dir / FILE
-    if not path.is_file():
-        raise ConfigError(f"{path}: not there; give the directory of a run (it holds {FILE})")
-    return from_dict(_read_yaml(path), schema)
-
-
-def config_hash(cfg: TrainConfig) -> str:
-    """SHA-256, in hex, of what is trained: without the sections that a resume may change and a command's own keys."""
-    return sha256_json(hashed_part(cfg))
-
-
-def hashed_part(cfg: TrainConfig) -> dict[str, Any]:
-    """What `config_hash` hashes."""
-    return {name: to_plain(getattr(cfg, name)) for name in _FIELDS if name not in NOT_HASHED}
 
 
 def presets() -> list[str]:
@@ -123,21 +107,81 @@ def presets() -> list[str]:
         return _options("exp")
 
 
+def main(
+    schema: type[T],
+    run: Callable[[T], object],
+    prog: str,
+    argv: Sequence[str] | None = None,
+    *,
+    checks: Sequence[Callable[[T], list[str]]] = (),
+) -> int:
+    """The command line of `sftdist prog`: compose, check, `run(cfg)`; the exit code, which `run` may return.
+
+    Under torchrun rank 0 composes and the others get its result, so that an error is printed once and every rank
+    trains the same. `checks` are further rules on the configuration, reported together with all others.
+    """
+
+    def load(overrides: Sequence[str]) -> T:
+        return compose(None, overrides, schema, complete=True, checks=checks)
+
+    command = Command(
+        name=prog,
+        load=load,
+        pack=to_dict,
+        unpack=lambda values: from_dict(values, schema),
+        show=to_yaml,
+        help=lambda: help_text(schema, prog),
+        expand=expand_sweep,
+        run=run,
+    )
+    return run_command(command, sys.argv[1:] if argv is None else argv)
+
+
+def help_text(schema: type, prog: str) -> str:
+    """The usage of a command: its presets and groups, and every key with its default and type."""
+    with _conf():
+        groups = {group: _options(group) for group in (*_group_names(), "mix")}
+    rows = [(f"{key}={shown(default)}", words) for key, words, default in options(schema)]
+    return "\n".join(
+        [
+            f"sftdist {prog} [+exp=NAME] [GROUP=NAME ...] [KEY=VALUE ...] [--cfg job] [-m] [--help]",
+            "",
+            *(f"{group}: {', '.join(names)}" for group, names in groups.items()),
+            "",
+            "--cfg job prints the resolved configuration; -m runs one job per value of KEY=A,B",
+            "",
+            *(f"  {left:<44} {right}" for left, right in rows),
+        ]
+    )
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """One list of overrides per job of a sweep: every combination of the values in `key=a,b`."""
+    choices, parser = [], OverridesParser.create()
+    for text in overrides:
+        try:
+            word = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(_unreadable(text)) from error
+        key = text.partition("=")[0]
+        sweeps = word.is_sweep_override()
+        choices.append([f"{key}={value}" for value in word.sweep_string_iterator()] if sweeps else [text])
+    return [list(job) for job in itertools.product(*choices)]
+
+
 @dataclass
 class _Words:
-    """The overrides, read: values by key, one choice per group, and what could not be read."""
+    """The overrides, read: values by key, one choice per group, groups without that choice, and all issues."""
 
     groups: dict[str, str] = field(default_factory=dict)
     values: list[Override] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     issues: list[str] = field(default_factory=list)
 
     def value(self, key: str) -> Any:
         """The last value that was given for a key, else None."""
         found = [word.value() for word in self.values if word.key_or_group == key and not word.is_delete()]
         return found[-1] if found else None
-
-
-_FIELDS = tuple(item.name for item in fields(TrainConfig))
 
 
 def _read_overrides(overrides: Sequence[str]) -> _Words:
@@ -192,7 +236,7 @@ def _group_names() -> list[str]:
     """The groups, those of ./conf too; exp is the last, so that a preset can override the groups that it uses."""
     folders = [conf_folder(), Path.cwd() / "conf"]
     found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
-    return [*sorted((found & set(_FIELDS)) - {"exp"}), "exp"]
+    return [*sorted((found & set(SECTIONS)) - {"exp"}), "exp"]
 
 
 def _options(group: str) -> list[str]:
@@ -205,7 +249,7 @@ def _merge(words: _Words, schema: type[TrainConfig]) -> dict[str, Any]:
     run_dir = words.value("run.dir")
     try:
         if "exp" not in words.groups and isinstance(run_dir, str) and (Path(run_dir) / FILE).is_file():
-            merged = OmegaConf.merge(merged, _read_yaml(Path(run_dir) / FILE))
+            merged = OmegaConf.merge(merged, read_yaml(Path(run_dir) / FILE))
         chosen = {group: name for group, name in words.groups.items() if _chosen(group, name, words)}
         composed = hydra_compose(_BASE, overrides=[f"{group}={_quoted(name)}" for group, name in chosen.items()])
         layers = [composed, *(hydra_compose(f"{group}/{name}") for group, name in chosen.items() if group != "exp")]
@@ -221,7 +265,7 @@ def _merge(words: _Words, schema: type[TrainConfig]) -> dict[str, Any]:
             _apply(merged, word, words.issues)
         container: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
     except _COMPOSITION_ERRORS as error:
-        raise ConfigError([*words.issues, f"conf: {_one_line(error)}"]) from error
+        raise ConfigError([*words.issues, f"conf: {one_line(error)}"]) from error
     return container
 
 
@@ -233,6 +277,7 @@ def _chosen(group: str, name: str, words: _Words) -> bool:
     close = get_close_matches(name, available, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
     path = "; to give a folder or a hub name, use model.path=" if group == "model" else ""
+    words.refused.append(group)
     words.issues.append(f"{group}={name}: not in conf/{group}, which has {', '.join(available)}{meant}{path}")
     return False
 
@@ -252,49 +297,14 @@ def _apply(merged: DictConfig, word: Override, issues: list[str]) -> None:
         OmegaConf.update(merged, key, word.value(), merge=isinstance(word.value(), dict), force_add=True)
 
 
-def _expand(cfg: TrainConfig, words: _Words) -> None:
-    """Turn the short forms of the data section into sources with paths and lambdas."""
-    data = cfg.data
-    if data.train is not None:
-        train = data.sources.get("train", SourceSettings())
-        train.path = data.train
-        data.sources = {"train": train}
-    if data.mix is not None:
-        mix = _named_mix(data.mix, words.issues) if isinstance(data.mix, str) else data.mix
-        lambdas, issues = lambdas_of(mix, list(data.sources)) if mix is not None else ({}, [])
-        words.issues += issues
-        for name, lam in lambdas.items():
-            data.sources[name].lam = lam
-        data.mix = None
-    elif all(source.lam is not None and source.lam >= 0 for source in data.sources.values()):
-        given = {name: source.lam or 0.0 for name, source in data.sources.items()}
-        for name, lam in normalised(given).items() if sum(given.values()) else ():
-            data.sources[name].lam = lam
-    _join_paths(data)
-
-
-def _named_mix(name: str, issues: list[str]) -> Any:
+def _named_mix(name: str) -> tuple[Any, list[str]]:
+    """The mixture in conf/mix/NAME.yaml, or the issue that there is none."""
     available = _options("mix")
-    if name in available:
-        return to_plain(OmegaConf.to_container(hydra_compose(f"mix/{name}"))["mix"])  # type: ignore[index,call-overload]
-    close = get_close_matches(name, available, n=1)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    issues.append(f"data.mix={name}: not in conf/mix, which has {', '.join(available)}{meant}")
-    return None
-
-
-def _join_paths(data: DataSettings) -> None:
-    def joined(path: Any) -> Any:
-        if isinstance(path, list):
-            return [joined(part) for part in path]
-        if not isinstance(path, str) or path.startswith("hub:") or data.dir is None:
-            return path
-        folder = Path(data.dir)
-        return path if Path(path).is_relative_to(folder) else str(folder / path)
-
-    for name, source in data.sources.items():
-        if data.train is None or name != "train":
-            source.path = joined(source.path)
+    if name not in available:
+        close = get_close_matches(name, available, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        return None, [f"data.mix={name}: not in conf/mix, which has {', '.join(available)}{meant}"]
+    return OmegaConf.to_container(hydra_compose(f"mix/{name}").mix), []
 
 
 def _name(cfg: TrainConfig) -> str:
@@ -302,19 +312,5 @@ def _name(cfg: TrainConfig) -> str:
     return f"{exp}-{os.environ.get('SLURM_JOB_ID') or config_hash(cfg)[:8]}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({_one_line(error)})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: given {type(values).__name__}, required a mapping of keys")
-    return values
-
-
 def _quoted(name: str) -> str:
     return f"'{name}'"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,12 +1,41 @@
-"""The user's mixture, in any of its forms, as one lambda per source."""
+"""The short forms of the data section: `data.train`, `data.dir` and `data.mix` as sources with paths and lambdas."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from sftdist.core.settings import DataSettings, SourceSettings
 from sftdist.core.typed import shown
+
+
+def expand(data: DataSettings, named: Callable[[str], tuple[Any, list[str]]]) -> list[str]:
+    """Write the short forms of `data` into its sources, in place; the issues.
+
+    `data.train` becomes the only source, relative source paths go below `data.dir` (once: a path that is there
+    already stays), and `data.mix` becomes the `lam` of each source and is None then. `named(name)` gives the mixture
+    in conf/mix, or the issue that there is none.
+    """
+    if data.train is not None:
+        train = data.sources.get("train", SourceSettings())
+        train.path = data.train
+        data.sources = {"train": train}
+    else:
+        for source in data.sources.values():
+            source.path = _below(data.dir, source.path)
+    if data.mix is None:
+        lambdas = {name: source.lam for name, source in data.sources.items() if source.lam is not None}
+        if len(lambdas) == len(data.sources) and not any(lambda_issue(name, lam) for name, lam in lambdas.items()):
+            _set(data, normalised(lambdas))
+        return []
+    mix, issues = named(data.mix) if isinstance(data.mix, str) else (data.mix, [])
+    if not issues:
+        lambdas, issues = lambdas_of(mix, list(data.sources))
+        _set(data, lambdas)
+    data.mix = None
+    return issues
 
 
 def lambdas_of(mix: Any, sources: Sequence[str]) -> tuple[dict[str, float], list[str]]:
@@ -39,5 +68,18 @@ def lambda_issue(name: str, lam: Any) -> str | None:
 def normalised(lambdas: Mapping[str, float]) -> dict[str, float]:
     """The same proportions with the sum 1; lambdas that sum to 1 up to rounding stay as they were written."""
     total = sum(lambdas.values())
-    exact = math.isclose(total, 1.0, abs_tol=1e-9)
-    return {name: lam if exact else lam / total for name, lam in lambdas.items()}
+    keep = total == 0 or math.isclose(total, 1.0, abs_tol=1e-9)
+    return {name: lam if keep else lam / total for name, lam in lambdas.items()}
+
+
+def _set(data: DataSettings, lambdas: Mapping[str, float]) -> None:
+    for name, lam in lambdas.items():
+        data.sources[name].lam = lam
+
+
+def _below(folder: str | None, path: Any) -> Any:
+    if isinstance(path, list):
+        return [_below(folder, part) for part in path]
+    if not isinstance(path, str) or path.startswith("hub:") or folder is None or Path(path).is_relative_to(folder):
+        return path
+    return str(Path(folder) / path)

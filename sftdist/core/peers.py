@@ -43,6 +43,7 @@ class Peers:
         self._locals = [peer for peer in local_ranks if peer != rank]
         self._left = threading.Event()
         self._report = report
+        self._first: bool | None = None
 
     @classmethod
     def join(cls, rank: int, local_rank: int, prefix: str, report: Callable[[int, str], None]) -> Peers:
@@ -58,14 +59,16 @@ class Peers:
         return peers
 
     def fail(self, text: str) -> bool:
-        """Publish this rank's failure; True where it is the first one.
+        """Publish this rank's failure; True where it is the first one (and again, when asked again).
 
         A collective fails within a moment of a peer's death: that death is the failure then, not its echo here.
         """
-        self._left.set()
-        time.sleep(DYING_SECONDS)
-        self._publish_deaths(self._tell)
-        return _publish(self._tell, self._rank, text)
+        if self._first is None:
+            self._left.set()
+            time.sleep(DYING_SECONDS)
+            self._publish_deaths(self._tell)
+            self._first = _publish(self._tell, self._rank, text)
+        return self._first
 
     def leave(self) -> None:
         """Stop watching and being watched: this rank is done."""

@@ -108,7 +108,7 @@ def nearest(key: str, known: list[str]) -> str | None:
         )
 
     best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
+    return best if best is not None and likeness(best) >= 0.7 else None
 
 
 class _Builder:

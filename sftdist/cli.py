@@ -1,0 +1,45 @@
+"""`sftdist COMMAND ...`: loads the one module that is asked for, by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module, util
+
+# Loaded by name, so that asking for one command imports no other.
+COMMANDS = {
+    "prepare": ("sftdist.prepare", "read, check, clean, split, mask and tokenise the data"),
+    "train": ("sftdist.train", "the training job, on all GPUs of this machine; ends with a verified export"),
+    "plan": ("sftdist.plan", "memory, FLOPs and step size before anything is rented"),
+    "inspect": ("sftdist.commands.inspect", "what is trained, token by token"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. 2 for a command that does not exist."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        print(f"sftdist: error: there is no command {name!r}{meant} (sftdist alone lists them)", file=sys.stderr)
+        return 2
+    sys.argv = [f"sftdist {name}", *rest]
+    code: int = import_module(COMMANDS[name][0]).main()
+    return code
+
+
+def usage() -> str:
+    """The commands that are installed, a line each."""
+    lines = [f"  {name:<10} {text}" for name, (module, text) in COMMANDS.items() if util.find_spec(module)]
+    return "\n".join(
+        ["sftdist COMMAND [+exp=NAME] [KEY=VALUE ...]", "", *lines, "", "sftdist COMMAND --help lists its keys"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The command line of every module that takes a configuration: options, one error message, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from sftdist.core.distributed import PARENT_VARIABLE, die_with_parent, is_worker, share_text
+from sftdist.core.errors import ConfigError, SftdistError
+from sftdist.core.peers import PeerError
+
+T = TypeVar("T")
+FAILED, INTERRUPTED = 1, 130
+
+
+@dataclass(frozen=True)
+class Command(Generic[T]):
+    """What `config.main` knows about a command; all that this file needs of a configuration.
+
+    `load(overrides)` composes and checks, `pack` and `unpack` carry a configuration between ranks, `show` is its
+    YAML, `help` the list of keys, `expand` turns overrides with sweeps into one list per job, `run` does the work.
+    """
+
+    name: str
+    load: Callable[[Sequence[str]], T]
+    pack: Callable[[T], dict[str, Any]]
+    unpack: Callable[[dict[str, Any]], T]
+    show: Callable[[T], str]
+    help: Callable[[], str]
+    expand: Callable[[Sequence[str]], list[list[str]]]
+    run: Callable[[T], object]
+
+
+def run_command(command: Command[T], argv: Sequence[str]) -> int:
+    """Carry out a command line; the exit code. Errors that a user can cause are printed without a traceback, once."""
+    if is_worker() or PARENT_VARIABLE in os.environ:
+        die_with_parent()
+    try:
+        return _dispatch(command, list(argv))
+    except PeerError:
+        return FAILED  # another rank has reported what happened
+    except SftdistError as error:
+        _record(error)
+        print(f"sftdist {command.name}: error: {_where()}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"sftdist {command.name}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except Exception as error:  # the boundary: a fault of ours keeps its traceback and still ends with a code
+        _record(error)
+        traceback.print_exc()
+        return FAILED
+
+
+def _dispatch(command: Command[T], argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        if _speaks():
+            print(command.help())
+        return 0
+    if "-m" in argv or "--multirun" in argv:
+        return _sweep(command, [word for word in argv if word not in ("-m", "--multirun")])
+    overrides, show = _without_cfg(argv)
+    cfg = _shared(command, overrides)
+    if cfg is None:
+        return FAILED  # rank 0 has printed why
+    if show:
+        if _speaks():
+            print(command.show(cfg), end="")
+        return 0
+    code = command.run(cfg)
+    return code if isinstance(code, int) else 0
+
+
+def _shared(command: Command[T], overrides: Sequence[str]) -> T | None:
+    """One configuration for all ranks: rank 0 composes it, the others get it, or None where it is refused."""
+    if not is_worker():
+        return command.load(overrides)
+    if not _speaks():
+        packed = json.loads(share_text("config", None))
+        return None if packed is None else command.unpack(packed)
+    try:
+        cfg = command.load(overrides)
+    except BaseException:
+        share_text("config", "null")
+        raise
+    share_text("config", json.dumps(command.pack(cfg)))
+    return cfg
+
+
+def _without_cfg(argv: list[str]) -> tuple[list[str], bool]:
+    """The overrides, and whether `--cfg job` stood among them."""
+    words, show = list(argv), False
+    for flag in ("--cfg", "-c"):
+        if flag in words:
+            at = words.index(flag)
+            if words[at + 1 : at + 2] != ["job"]:
+                raise ConfigError(f"{' '.join(words[at : at + 2])}: required --cfg job, which prints the configuration")
+            words[at : at + 2], show = [], True
+    if "--cfg=job" in words:
+        words.remove("--cfg=job")
+        show = True
+    return words, show
+
+
+def _sweep(command: Command[T], overrides: list[str]) -> int:
+    """One whole job after another, each in a process of its own; the first exit code that is not 0."""
+    if is_worker():
+        if not _speaks():
+            return FAILED
+        raise ConfigError(
+            "-m: torchrun runs one job, a sweep is several; let each job start its own ranks: "
+            f"sftdist {command.name} -m {shlex.join(overrides)}"
+        )
+    jobs = command.expand(overrides)
+    for job in jobs:
+        command.load(job)  # a typo in the last job is found before the first one starts
+    codes = []
+    for number, job in enumerate(jobs, 1):
+        print(f"job {number} of {len(jobs)}: sftdist {command.name} {shlex.join(job)}", flush=True)
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        done = subprocess.run([sys.executable, "-m", f"sftdist.{command.name}", *job], env=environment, check=False)
+        codes.append(done.returncode)
+    for job, code in zip(jobs, codes, strict=True):
+        print(f"exit {code}: {shlex.join(job)}", flush=True)
+    return next((code for code in codes if code), 0)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _where() -> str:
+    return "" if _speaks() else f"rank {os.environ['RANK']}: "
+
+
+def _record(error: Exception) -> None:
+    """Hand the error to torchrun, whose own table would otherwise say that there is none."""
+    if is_worker() and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)

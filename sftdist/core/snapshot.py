@@ -1,0 +1,95 @@
+"""A configuration as plain data: in a run directory, between ranks, and as the hash that names a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from sftdist.core.errors import ConfigError
+from sftdist.core.settings import TrainConfig
+from sftdist.core.storage import sha256_json, write_text
+from sftdist.core.typed import build, to_plain
+
+T = TypeVar("T", bound=TrainConfig)
+FILE = "config.yaml"
+# A run keeps its name, and can be resumed, when only these change.
+NOT_HASHED = ("run", "tracking", "launch", "zero", "checkpoint", "eval", "dry_run")
+SECTIONS = tuple(item.name for item in fields(TrainConfig))
+
+
+def to_dict(cfg: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain mappings, lists and scalars."""
+    plain: dict[str, Any] = to_plain(cfg)
+    return plain
+
+
+def from_dict(values: Mapping[str, Any], schema: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
+    """The configuration that `to_dict` gave. Raises ConfigError with all issues."""
+    issues: list[str] = []
+    cfg = build(schema, values, issues)
+    if issues:
+        raise ConfigError(issues)
+    return cfg
+
+
+def to_yaml(cfg: TrainConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
+
+
+def write_config(run_dir: Path, cfg: TrainConfig) -> None:
+    """Write `run_dir/config.yaml` in one step."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / FILE, to_yaml(cfg))
+
+
+def read_config(run_dir: Path, schema: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
+    """The configuration in `run_dir/config.yaml`. Raises ConfigError."""
+    path = run_dir / FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: not there; give the directory of a run (it holds {FILE})")
+    return from_dict(read_yaml(path), schema)
+
+
+def config_hash(cfg: TrainConfig) -> str:
+    """SHA-256, in hex, of what is trained: without the sections that a resume may change and a command's own keys."""
+    return sha256_json(hashed_part(cfg))
+
+
+def hashed_part(cfg: TrainConfig) -> dict[str, Any]:
+    """What `config_hash` hashes."""
+    return {name: to_plain(getattr(cfg, name)) for name in SECTIONS if name not in NOT_HASHED}
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """`{key: (old value, new value)}` over what `config_hash` hashes: what a resume may not change."""
+    before, after = _flat(hashed_part(old)), _flat(hashed_part(new))
+    keys = dict.fromkeys([*before, *after])
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: given {type(values).__name__}, required a mapping of keys")
+    return values
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

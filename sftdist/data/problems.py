@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sftdist.data.mask import Refusal
 from sftdist.data.schema import Conversation
 from sftdist.data.sources import Rejected
-from sftdist.data.template import Refusal
 
 BAD, REFUSED = "bad", "refused"
 EXAMPLES = 3

@@ -85,13 +85,21 @@ class Parsed:
     left_out: int
 
 
+def in_memory(dataset: Any, name: str, key: str) -> Source:
+    """A source of rows in memory: a `datasets.Dataset`, or any iterable of mappings, read once."""
+    if isinstance(dataset, Mapping | str | datasets.IterableDataset):
+        given = f"{key}: given a {type(dataset).__name__}"
+        raise DataError(f"{given}, required a datasets.Dataset (one split) or a list of conversations")
+    return Source(name, key=key, rows=dataset if isinstance(dataset, datasets.Dataset) else list(dataset))
+
+
 # --- finding the parts --------------------------------------------------------------------------------
 
 
 def parts_of(source: Source) -> list[Part]:
     """The files and tables of a source, in a fixed order; a `DataError` names everything that is missing."""
     if source.rows is not None:
-        return [Part("memory", "memory", table=source.rows)]
+        return [Part("memory", source.key, table=source.rows)]
     entries = (source.path,) if isinstance(source.path, str) else tuple(source.path or ())
     problems: list[str] = []
     files: list[Path] = []

@@ -1,0 +1,99 @@
+"""From the `data` and `model` sections of a config to what prepare is asked for, for every command that needs data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sftdist.core.errors import ConfigError, DataError
+from sftdist.core.settings import DataSettings, ModelSettings, SourceSettings
+from sftdist.data.mask import MaskOptions
+from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
+from sftdist.data.sources import Source, in_memory
+
+SMALL_ROWS = 50_000  # what `train` prepares by itself
+
+
+def request_of(
+    data: DataSettings,
+    model: ModelSettings,
+    *,
+    dataset: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PrepareRequest:
+    """What the (composed) settings ask for; `dataset` and `tokenizer` in memory take the place of theirs."""
+    if dataset is not None:
+        sources: tuple[SourceRequest, ...] = (SourceRequest(in_memory(dataset, "train", "dataset"), _mask(data)),)
+    else:
+        sources = tuple(source_of(name, settings, data) for name, settings in data.sources.items())
+    if not sources:
+        raise ConfigError("data.train: given nothing, required a file, folder, glob, list or hub:NAME")
+    return PrepareRequest(
+        sources=sources,
+        store_dir=Path(data.store_dir),
+        validation=_held_out("validation", "data.val", data.val, data),
+        holdout=_held_out("holdout", "data.holdout", data.holdout, data),
+        tokenizer=tokenizer or model.tokenizer or model.path,
+        revision=model.revision,
+        vocabulary=model.vocabulary if tokenizer is None else None,
+        chat_template=model.chat_template,
+        validation_fraction=data.val_fraction,
+        holdout_fraction=data.holdout_fraction,
+        deduplicate=data.deduplicate,
+        max_bad_rows=data.max_bad_rows,
+        max_refused=data.max_refused,
+        workers=data.workers or len(os.sched_getaffinity(0)),
+    )
+
+
+def source_of(name: str, settings: SourceSettings, data: DataSettings) -> SourceRequest:
+    """One train source as the config describes it; `key` is where the user wrote its path."""
+    source = Source(
+        name=name,
+        path=_paths(settings.path),
+        key="data.train" if data.train is not None else f"data.sources.{name}.path",
+        shape=settings.shape,
+        row_function=settings.row_function,
+        hub_split=settings.hub_split,
+        hub_config=settings.hub_config,
+        hub_revision=settings.hub_revision,
+    )
+    return SourceRequest(source, _mask(data, settings))
+
+
+def prepare_small(request: PrepareRequest, command: str, say: Callable[[str], None]) -> Prepared:
+    """Prepare unless that would keep a training job waiting: then `DataError` names the `command` to run first."""
+    todo = survey(request, at_most=SMALL_ROWS)
+    if todo.rows >= SMALL_ROWS:
+        given = f"{', '.join(todo.missing)}: no token store for {todo.rows:,} rows or more"
+        raise DataError(f"{given}; at most {SMALL_ROWS:,} are tokenised inside a training job; run first:\n{command}")
+    return prepare(request, say)
+
+
+def _held_out(name: str, key: str, path: Any, data: DataSettings) -> SourceRequest | None:
+    if path is None:
+        return None
+    # How the rows are read is what the only source says; with several sources the shape is detected.
+    settings = next(iter(data.sources.values())) if len(data.sources) == 1 else SourceSettings()
+    source = Source(
+        name,
+        _paths(path),
+        key=key,
+        shape=settings.shape,
+        row_function=settings.row_function,
+        hub_split=settings.hub_split,
+    )
+    return SourceRequest(source, _mask(data, settings))
+
+
+def _mask(data: DataSettings, settings: SourceSettings | None = None) -> MaskOptions:
+    train_on = settings.train_on if settings is not None and settings.train_on is not None else data.train_on
+    return MaskOptions(train_on, data.reasoning, data.expand_turns)
+
+
+def _paths(path: Any) -> tuple[str, ...]:
+    return (path,) if isinstance(path, str) else tuple(str(entry) for entry in path or ())

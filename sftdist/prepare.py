@@ -1,0 +1,62 @@
+"""The `prepare` command: raw rows become verified token stores, on the CPU, before any training job starts.
+
+`sftdist prepare +exp=X`, `python -m sftdist.prepare +exp=X`, or `run(cfg)` from Python.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sftdist.core import config
+from sftdist.core.settings import TrainConfig
+from sftdist.core.storage import write_json
+from sftdist.data.pipeline import PrepareRequest, prepare
+from sftdist.data.report import show_report
+from sftdist.data.request import request_of as request_of_sections
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """Where the store of each source is, those of `data.val` and `data.holdout` too, and the data report."""
+
+    stores: dict[str, Path]
+    report: dict[str, Any]
+    report_file: Path
+
+
+def run(cfg: TrainConfig) -> PrepareResult:
+    """Prepare the data of a config and print the report; `DataError` with all problems at once."""
+    request = request_of(cfg)
+    console = Console(highlight=False)
+    prepared = prepare(request, say=lambda line: console.print(line, markup=False, soft_wrap=True))
+    file = request.store_dir / REPORT
+    write_json(file, prepared.report)
+    show_report(prepared.report, console)
+    console.print(f"The whole report is in {file}", markup=False, soft_wrap=True)
+    stores = {name: store.path for name, store in {**prepared.stores, **prepared.held_out}.items()}
+    return PrepareResult(stores, prepared.report, file)
+
+
+def request_of(cfg: TrainConfig) -> PrepareRequest:
+    return request_of_sections(cfg.data, cfg.model)
+
+
+def command(cfg: TrainConfig) -> int:
+    run(cfg)
+    return 0
+
+
+def main() -> int:
+    """The command line: `sftdist prepare [+exp=NAME] [key=value ...]`."""
+    return config.main(TrainConfig, command, "prepare")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -127,7 +127,7 @@ def _sweep(command: Command[T], overrides: list[str]) -> int:
     for number, job in enumerate(jobs, 1):
         print(f"job {number} of {len(jobs)}: sftdist {command.name} {shlex.join(job)}", flush=True)
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-        done = subprocess.run([sys.executable, "-m", f"sftdist.{command.name}", *job], env=environment, check=False)
+        done = subprocess.run([sys.executable, "-m", "sftdist.cli", command.name, *job], env=environment, check=False)
         codes.append(done.returncode)
     for job, code in zip(jobs, codes, strict=True):
         print(f"exit {code}: {shlex.join(job)}", flush=True)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Install the test extras, lint, check types and run the tests that this machine can run.
+#   bash launch/test.sh        what every change must pass, at most 12 minutes on 2 cores
+#   bash launch/test.sh all    the long tests, too
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+use_venv dev
+
+ruff check .
+mypy
+# One thread a process: the tests start ranks of their own, and exact results do not depend on the machine.
+export OMP_NUM_THREADS=1
+case "${1:-}" in
+"") timeout --signal=INT --kill-after=30 720 pytest -rs --durations=15 ;;
+all) pytest -rs --durations=15 -m "" ;;
+*) echo "given $1, required nothing or all" >&2 && exit 2 ;;
+esac

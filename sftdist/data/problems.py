@@ -89,11 +89,11 @@ class Problems:
         if bad <= max_bad_rows and refused <= max_refused:
             return None
         lines = [
-            f"{bad} rows cannot be parsed (allowed: data.max_bad_rows={max_bad_rows}), "
-            f"{refused} rows have no provable mask (allowed: data.max_refused={max_refused})."
+            f"{rows(bad)} cannot be parsed (allowed: data.max_bad_rows={max_bad_rows}), "
+            f"{rows(refused)} without a provable mask (allowed: data.max_refused={max_refused})."
         ]
         for group in sorted(self.groups.values(), key=lambda group: (group.kind, -group.rows, group.reason)):
-            lines.append(f"{group.kind}: {group.reason}: {group.rows} rows")
+            lines.append(f"{group.kind}: {group.reason}: {rows(group.rows)}")
             lines += [f"  {example}" for example in group.examples]
         overrides = [f"data.max_bad_rows={max(bad, max_bad_rows)}"] if bad else []
         overrides += [f"data.max_refused={max(refused, max_refused)}"] if refused else []
@@ -101,17 +101,21 @@ class Problems:
         return "\n".join([*lines, " ".join(overrides)])
 
 
-def write_problems(path: Path, rows: Iterable[Mapping[str, Any]], see: Callable[[Mapping[str, Any]], None]) -> None:
+def rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def write_problems(path: Path, found: Iterable[Mapping[str, Any]], see: Callable[[Mapping[str, Any]], None]) -> None:
     """Replace the file of bad rows in one step, showing each row to `see`; without rows there is no file."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    found = False
+    anything = False
     try:
         with temp.open("w", encoding="utf-8") as file:
-            for row in rows:
-                found = True
+            for row in found:
+                anything = True
                 see(row)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if found:
+        if anything:
             temp.replace(path)
         else:
             path.unlink(missing_ok=True)

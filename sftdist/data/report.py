@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sftdist.data.problems import Problems
+from sftdist.data.problems import Problems, rows
 from sftdist.data.store import SPLITS, TRAIN, TokenStore
 from sftdist.data.template import ChatTemplate
 
@@ -118,7 +118,7 @@ def show_report(report: dict[str, Any], console: Console) -> None:
         console.print(_stage_table(name, source))
     console.print(_length_table(report["sources"]))
     for group in report["dropped"]:
-        console.print(f"{group['kind']}: {escape(group['reason'])}: {group['rows']:,} rows")
+        console.print(f"{group['kind']}: {escape(group['reason'])}: {rows(group['rows'])}")
     shown: set[str] = set()
     for sample in report["conversations"]:
         if sample["source"] not in shown:

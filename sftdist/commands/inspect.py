@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,15 +29,25 @@ from sftdist.data.template import ChatTemplate
 Planned = tuple[Source, MaskOptions]
 
 
-def run(cfg: InspectConfig) -> int:
-    """Show the rows; the number of conversations shown. `ConfigError` and `DataError` as `prepare` raises them."""
+@dataclass
+class InspectResult:
+    """How many lines were shown, and how many of them say why a row is refused."""
+
+    rows: int = 0
+    refused: int = 0
+
+
+def run(cfg: InspectConfig) -> InspectResult:
+    """Show the rows; refused ones are no failure. `ConfigError` and `DataError` as `prepare` raises them."""
     views = {"terminal": print_terminal, "html": write_html, "jsonl": write_jsonl}
     if cfg.output not in views:
         raise ConfigError(f"output={cfg.output}: required is one of {'|'.join(views)}; correct it")
     planned = sources_of(cfg.data)
     template = template_of(cfg.model)
+    result = InspectResult()
     with _output(cfg.file) as out:
-        return views[cfg.output](_lines(planned, template, cfg.limit), out)
+        views[cfg.output](_counted(_lines(planned, template, cfg.limit), result), out)
+    return result
 
 
 def main() -> int:
@@ -93,13 +104,17 @@ def _lines(planned: Iterable[Planned], template: ChatTemplate, limit: int | None
             yield from explain(template, normalise(row), options)
 
 
-def write_jsonl(rows: Iterable[dict[str, Any]], out: TextIO) -> int:
-    """One JSON object a line; the number of lines."""
-    count = 0
+def _counted(rows: Iterable[dict[str, Any]], result: InspectResult) -> Iterator[dict[str, Any]]:
     for row in rows:
-        count += 1
+        result.rows += 1
+        result.refused += row["refused"] is not None
+        yield row
+
+
+def write_jsonl(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
+    """One JSON object a line."""
+    for row in rows:
         out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return count
 
 
 @contextmanager

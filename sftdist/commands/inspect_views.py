@@ -30,8 +30,8 @@ span:hover { outline: 1px solid #777; }
 """
 
 
-def print_terminal(rows: Iterable[dict[str, Any]], out: TextIO) -> int:
-    """Each conversation with its supervised tokens on green and the roles in colours; the number of rows."""
+def print_terminal(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
+    """Each conversation with its supervised tokens on green and the roles in colours."""
     console = Console(file=out, highlight=False, soft_wrap=True)
     count = refused = tokens = supervised = 0
     for row in rows:
@@ -45,7 +45,6 @@ def print_terminal(rows: Iterable[dict[str, Any]], out: TextIO) -> int:
         console.print(_coloured(row))
     share = f"{supervised:,} of {tokens:,} tokens supervised"
     console.rule(Text(f"{count:,} rows, {refused:,} refused, {share}"), align="left")
-    return count
 
 
 def _coloured(row: dict[str, Any]) -> Text:
@@ -60,8 +59,8 @@ def _coloured(row: dict[str, Any]) -> Text:
     return text
 
 
-def write_html(rows: Iterable[dict[str, Any]], out: TextIO) -> int:
-    """One page without any outside file; the number of rows."""
+def write_html(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
+    """One page without any outside file."""
     out.write(PAGE_START)
     count = 0
     for row in rows:
@@ -72,7 +71,6 @@ def write_html(rows: Iterable[dict[str, Any]], out: TextIO) -> int:
             out.write(f'<p class="refused">refused: {escape(row["refused"])}</p>\n')
         out.write("<pre>" + "".join(_html_tokens(row)) + "</pre></article>\n")
     out.write(f"<p>{count:,} rows</p>\n</html>\n")
-    return count
 
 
 def _html_tokens(row: dict[str, Any]) -> Iterable[str]:

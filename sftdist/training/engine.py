@@ -122,7 +122,7 @@ class Partitioned:
         """Set the master, and the weight that the forward uses; `value` is the same on every rank."""
         parameter = self._weights[name]
         safe_set_full_fp32_param(parameter, value)
-        with _gathered(parameter, modifier=0):
+        with gathered(parameter, modifier=0):
             parameter.data.copy_(value)
 
     def set_moment(self, name: str, key: str, value: Tensor) -> None:
@@ -132,7 +132,7 @@ class Partitioned:
         return iter(self._engine.basic_optimizer.state.values())
 
     def frozen_value(self, parameter: nn.Parameter) -> Tensor:
-        with _gathered(parameter):
+        with gathered(parameter):
             return parameter.detach().clone()
 
     def close(self) -> None:
@@ -325,7 +325,7 @@ def _head_parameters(module: LossModel) -> list[nn.Parameter]:
     return list(cast(nn.Module, head).parameters(recurse=False))
 
 
-def _gathered(parameter: nn.Parameter, modifier: int | None = None) -> AbstractContextManager[Any]:
+def gathered(parameter: nn.Parameter, modifier: int | None = None) -> AbstractContextManager[Any]:
     """The full parameter inside; with `modifier`, that rank's value is written back to every rank's part."""
     if not _is_partitioned(parameter):
         return nullcontext()

@@ -1,0 +1,281 @@
+"""The dataclass tree of every configuration file: the one place where an option is declared.
+
+Plain typed values only. `core.config` composes YAML and command line into these classes and
+checks them; everything behind the entry points takes plain values, never a config object.
+Lists of words in a comment are checked by `core.config.check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+CONFIG_VERSION = 1
+
+
+class Precision(StrEnum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class MixMode(StrEnum):
+    sampling = "sampling"
+    loss = "loss"
+
+
+class Overlong(StrEnum):
+    drop = "drop"
+    truncate = "truncate"
+    error = "error"
+
+
+class TrainOn(StrEnum):
+    all = "all"
+    last = "last"
+    flagged = "flagged"
+
+
+class Reasoning(StrEnum):
+    keep = "keep"
+    last = "last"
+    drop = "drop"
+
+
+class RowShape(StrEnum):
+    auto = "auto"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+
+
+class Method(StrEnum):
+    full = "full"
+    lora = "lora"
+
+
+class LossWeighting(StrEnum):
+    token = "token"
+    conversation = "conversation"
+
+
+class Attention(StrEnum):
+    auto = "auto"
+    flash_attn = "flash_attn"
+    torch_varlen = "torch_varlen"
+    sdpa = "sdpa"
+
+
+class Init(StrEnum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Schedule(StrEnum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Offload(StrEnum):
+    none = "none"
+    optimizer = "optimizer"
+
+
+class ExportDtype(StrEnum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    dir: str | None = None  # default: runs/<run.name>
+    name: str | None = None  # default: <exp>-<8 hex digits of the config>
+    note: str = ""
+
+
+@dataclass(kw_only=True)
+class SourceSettings:
+    """One source of conversations. `path`: a file, glob, folder, list of those, or `hub:NAME`."""
+
+    path: Any = None
+    shape: RowShape = RowShape.auto
+    lam: float | None = None  # lambda of the objective; without: the source's natural share
+    max_passes: float | None = None  # default: data.max_passes
+    train_on: TrainOn | None = None  # default: data.train_on
+    row_function: str | None = None  # package.module:function, row -> row | None | list of rows
+    hub_split: str = "train"
+    hub_config: str | None = None
+    hub_revision: str | None = None
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    train: Any = None  # file, glob, list or hub:NAME; replaces the preset's sources
+    val: Any = None
+    holdout: Any = None
+    dir: str | None = None
+    sources: dict[str, SourceSettings] = field(default_factory=dict)
+    mix: Any = None  # {source: lambda}, [lambda, ...] in the order of the sources, or a name in conf/mix
+    mix_mode: MixMode = MixMode.sampling
+    temperature: float | None = None  # lambda ~ share^(1/temperature) where no lambda is given
+    max_passes: float | None = 10.0
+    max_len: int = 8192
+    overlong: Overlong = Overlong.drop
+    train_on: TrainOn = TrainOn.all
+    reasoning: Reasoning = Reasoning.keep
+    expand_turns: bool = False
+    val_fraction: float = 0.02
+    holdout_fraction: float = 0.02
+    deduplicate: bool = True
+    max_bad_rows: int = 0
+    max_refused: int = 0
+    store_dir: str = "stores"
+    workers: int = 0  # processes of prepare; 0: one per core
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    path: str | None = None
+    revision: str | None = None
+    init: Init = Init.pretrained
+    shape: dict[str, Any] | None = None  # a transformers config as a mapping, `model_type` included
+    tokenizer: str | None = None  # default: model.path
+    vocabulary: int | None = None  # train a byte-level BPE of this size on the train sources
+    chat_template: str | None = None  # chatml | llama3 | FILE; default: the tokenizer's own
+    attention: Attention = Attention.auto
+    activation_checkpointing: bool = False
+    loss_chunk: int = 2048  # supervised positions whose logits exist at a time
+
+
+@dataclass(kw_only=True)
+class TuneSettings:
+    method: Method = Method.full
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    target: Any = "all-linear"  # or a list of module names
+
+
+@dataclass(kw_only=True)
+class ZeroSettings:
+    stage: int = 2
+    offload: Offload = Offload.none
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # further DeepSpeed keys; owned keys are refused
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    packing: bool = True
+    pack_tokens: int | None = None  # tokens in one forward; default: data.max_len
+    packs_per_step: int | None = None  # exactly one of these three
+    tokens_per_step: int | None = None
+    conversations_per_step: int | None = None
+    max_steps: int | None = None
+    epochs: float | None = None
+    loss_weighting: LossWeighting = LossWeighting.token
+    window: int = 4096  # conversations planned at a time
+    startup_checks: bool = True
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 2e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: Schedule = Schedule.cosine
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.1
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    every_steps: int = 100  # 0: never, but for the one at the end
+    keep_last: int = 2
+    grace_seconds: float = 300.0
+
+
+@dataclass(kw_only=True)
+class EvalSettings:
+    every_steps: int = 100  # 0: never
+    max_conversations: int | None = 512  # per source
+
+
+@dataclass(kw_only=True)
+class TrackingSettings:
+    wandb: str | None = None  # offline | online | disabled; default: online with a key, else offline
+    project: str = "sftdist"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LaunchSettings:
+    nproc: int | None = None  # default: one rank per GPU, else one
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    dtype: ExportDtype = ExportDtype.bf16
+    shard_gib: float = 4.0
+    merge: bool = True  # LoRA: a merged model beside the adapter
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything that `prepare`, `train`, `plan` and `inspect` share."""
+
+    config_version: int = CONFIG_VERSION
+    exp: str = "custom"
+    seed: int = 0
+    precision: Precision = Precision.bf16
+    dry_run: bool = False
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+
+
+@dataclass(kw_only=True)
+class InspectConfig(TrainConfig):
+    """The keys of train, and what `inspect` adds."""
+
+    limit: int | None = None
+    output: str = "terminal"  # terminal | html | jsonl
+    file: str | None = None  # where html or jsonl goes; default: standard output
+
+
+@dataclass(kw_only=True)
+class ClusterSettings:
+    gpus: int = 8
+    memory_gib: float = 80.0
+
+
+@dataclass(kw_only=True)
+class PlanConfig(TrainConfig):
+    """The keys of train, and the machine that `plan` plans for."""
+
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)

@@ -1,0 +1,414 @@
+"""The training job: `torchrun ... -m sftdist.train +exp=X`, `sftdist train +exp=X`, or `run(cfg)` from Python.
+
+What is trained with is built here, from the configuration, and handed to the loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sftdist.assets import quickstart
+from sftdist.core import agent, config, ledger, snapshot
+from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session, share_text
+from sftdist.core.errors import ConfigError, DataError, SftdistError, TrainingError
+from sftdist.core.lock import RunLock
+from sftdist.core.settings import TrainConfig
+from sftdist.core.storage import read_json, write_json
+from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
+from sftdist.data.loader import Batch, Loader
+from sftdist.data.pipeline import Prepared
+from sftdist.data.plan import Plan, PlanTotals, SourceTotals
+from sftdist.data.planned import corpus_of, pack_tokens, plan_spec
+from sftdist.data.request import prepare_small, request_of
+from sftdist.data.store import TokenStore
+from sftdist.data.summary import describe_plan
+from sftdist.data.template import ChatTemplate
+from sftdist.evals.loss import evaluate_loss
+from sftdist.evals.rows import evaluation_batches
+from sftdist.training.build import Trained, build_trained, cost_model, model_config, special_ids
+from sftdist.training.checkpoint import Checkpoints
+from sftdist.training.console import open_console
+from sftdist.training.contract import contract
+from sftdist.training.export import export_model
+from sftdist.training.loop import Calls, LoopSpec, StepDone, TrainState, run_steps
+from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
+from sftdist.training.optimizer import lr_at
+from sftdist.training.startup import run_checks
+from sftdist.training.tracking import Tracker, open_tracker
+from sftdist.training.wandb_process import open_wandb
+
+MODULE = "sftdist.train"
+LEDGER = "ledger.jsonl"  # beside the run directories
+OPENING_SECONDS = 3600.0  # how long the other ranks wait while rank 0 tokenises a small source
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `state` is done or preempted; `export` is the verified Hugging Face folder of a done one."""
+
+    state: str
+    step: int
+    run_dir: Path
+    export: Path | None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What rank 0 found before any process group exists: the token stores by source, or that the run is over."""
+
+    stores: dict[str, str]
+    held_out: dict[str, str]
+    finished: bool = False
+
+
+def main() -> int:
+    """The command line. Under torchrun this process is a rank; alone it starts torchrun's agent."""
+    return config.main(TrainConfig, run_rank if is_worker() else start, "train")
+
+
+def start(cfg: TrainConfig) -> int:
+    """`sftdist train`: print the plan, or prepare small data and start the ranks of this machine."""
+    if cfg.dry_run:
+        print_plan(cfg)
+        return agent.DONE
+    run_dir = Path(str(cfg.run.dir))
+    if finished_before(cfg, run_dir):
+        return agent.DONE
+    ready_data(cfg)  # bad data ends here, before any rank exists
+    return agent.launch(MODULE, sys.argv[1:], agent.ranks_here(cfg.launch.nproc), run_dir, cfg.checkpoint.grace_seconds)
+
+
+def run_rank(cfg: TrainConfig) -> int:
+    """One rank under torchrun. A preempted one leaves with 0 too: torchrun would call any other code a failure."""
+    die_with_parent()
+    if cfg.dry_run:
+        if os.environ["RANK"] == "0":
+            print_plan(cfg)
+        return agent.DONE
+    run(cfg)
+    return agent.DONE
+
+
+def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> TrainResult:
+    """Train as configured, in this process or as one rank of torchrun's, and export the model.
+
+    `dataset`: conversations (or rows of any supported shape) in memory instead of `data.*`: a list or a
+    `datasets.Dataset`; `tokenizer`: a transformers tokenizer instead of the model's. Raises an `SftdistError` that
+    says what was given, what is required and what to change; the run directory then holds the last good checkpoint.
+    """
+    run_dir = Path(str(cfg.run.dir))
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        opening = open_run(cfg, run_dir, stack, dataset, tokenizer)
+        if opening.finished:
+            return TrainResult("done", int(agent.read_status(run_dir)["step"]), run_dir, run_dir / "export")
+        world = stack.enter_context(session())
+        with reported_failures(world, run_dir):
+            return train(cfg, opening, world, stop, run_dir)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    stop = StopSignal()
+    stop.install()
+    try:
+        yield stop
+    finally:
+        stop.uninstall()
+
+
+@contextmanager
+def reported_failures(world: World, run_dir: Path) -> Iterator[None]:
+    """The first rank that fails writes the reason into `status.json`; session() then ends the others."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, SftdistError) else f"{type(error).__name__}: {error}"
+        if world.fail(reason):
+            code = error.exit_code if isinstance(error, SftdistError) else agent.FAILED
+            retry = not isinstance(error, TrainingError)
+            agent.write_status(run_dir, "failed", code, reason, rank=world.rank, retry=retry)
+        raise
+
+
+def open_run(cfg: TrainConfig, run_dir: Path, stack: ExitStack, dataset: Any, tokenizer: Any) -> Opening:
+    """Rank 0 locks the run directory and sees to the data before any process group exists; the others wait for it."""
+    if is_worker() and os.environ["RANK"] != "0":
+        answer = json.loads(share_text("opening", None, OPENING_SECONDS))
+        if "error" in answer:
+            raise SystemExit(agent.FAILED)  # rank 0 has printed it
+        return Opening(**answer)
+    try:
+        opening = open_run_alone(cfg, run_dir, stack, dataset, tokenizer)
+    except BaseException as error:
+        share_text("opening", json.dumps({"error": str(error)}))
+        if isinstance(error, SftdistError) and run_dir.is_dir():
+            agent.write_status(run_dir, "failed", error.exit_code, str(error), rank=0)
+        raise
+    share_text("opening", json.dumps(asdict(opening)))
+    return opening
+
+
+def open_run_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, dataset: Any, tokenizer: Any) -> Opening:
+    refused = agent.restart_refused(run_dir)
+    if refused is not None:
+        ended = f"{refused['state']}: {refused['reason']}"
+        raise TrainingError(f"not started again by torchrun, since another try would end the same way: {ended}")
+    if finished_before(cfg, run_dir):
+        return Opening({}, {}, finished=True)
+    if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None:
+        print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
+    stack.enter_context(RunLock(run_dir))
+    refuse_other_config(cfg, run_dir)
+    prepared = ready_data(cfg, dataset, tokenizer)
+    snapshot.write_config(run_dir, cfg)
+    agent.write_status(run_dir, "running", agent.FAILED, "still running, or ended without a word")
+    return Opening(
+        {name: str(store.path) for name, store in prepared.stores.items()},
+        {name: str(store.path) for name, store in prepared.held_out.items()},
+    )
+
+
+def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> Prepared:
+    """Find the stores, or make them where that is quick. Raises DataError that names `prepare` where it is not."""
+    quickstart.lay_out(cfg)
+    request = request_of(cfg.data, cfg.model, dataset=dataset, tokenizer=tokenizer)
+    command = f"sftdist prepare {shlex.join(word for word in sys.argv[1:] if '=' in word)}"
+    return prepare_small(request, command, say=partial(print, flush=True))
+
+
+def opened(opening: Opening) -> Prepared:
+    """The same stores on every rank, by memory map."""
+    stores = {name: TokenStore.open(Path(path)) for name, path in opening.stores.items()}
+    held_out = {name: TokenStore.open(Path(path)) for name, path in opening.held_out.items()}
+    first = next(iter(stores.values()))
+    template = ChatTemplate.load(str(first.path / "tokenizer"))
+    template = ChatTemplate.of(template.tokenizer, template.text, stop_ids=first.manifest["stop_ids"])
+    return Prepared(stores, held_out, template, report={})
+
+
+def finished_before(cfg: TrainConfig, run_dir: Path) -> bool:
+    """True, said on the screen, when this very run has ended well."""
+    status = agent.read_status(run_dir)
+    if status is None or status["state"] != "done":
+        return False
+    refuse_other_config(cfg, run_dir)
+    print(f"{run_dir} is finished (step {status['step']}); its model is in {run_dir / 'export'}", flush=True)
+    return True
+
+
+def refuse_other_config(cfg: TrainConfig, run_dir: Path) -> None:
+    """A run directory belongs to one configuration, but for the sections that a resume may change."""
+    if not (run_dir / snapshot.FILE).is_file():
+        return
+    differences = snapshot.differences(snapshot.read_config(run_dir), cfg)
+    if differences:
+        raise ConfigError(
+            [f"run.dir={run_dir} was begun with another configuration; use it again, or give another run.dir:"]
+            + [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items()]
+        )
+
+
+def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, run_dir: Path) -> TrainResult:
+    """Build everything, check it, run the loop, export."""
+    say = partial(print, flush=True) if world.is_main else silent
+    corpus = corpus_of(cfg, opened(opening))
+    tokenizer = corpus.template.tokenizer
+    shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))
+    totals = totals_of(plan, run_dir, world)
+    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
+        say(line)
+    trained = build_trained(cfg, corpus, shape, world)
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last)
+    saved = checkpoints.load_latest(trained.engine, say=say)
+    state = TrainState(**saved["run"]) if saved else TrainState()
+    if cfg.train.startup_checks:
+        run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
+    loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
+    tracker = tracker_of(cfg, run_dir, state.step, totals.steps, say) if world.is_main else Tracker()
+    outcome = "failed"
+    try:
+        state, stopped = run_loop(cfg, corpus, trained, loader, world, state, totals.steps, stop, tracker, checkpoints)
+        outcome = "preempted" if stopped else "done"
+    finally:
+        loader.close()
+        tracker.close(outcome)
+    return finish(cfg, corpus, trained, world, run_dir, state, stopped=stopped)
+
+
+def run_loop(
+    cfg: TrainConfig,
+    corpus: Corpus,
+    trained: Trained,
+    loader: Loader,
+    world: World,
+    state: TrainState,
+    steps: int,
+    stop: StopSignal,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, bool]:
+    """Give the loop what it calls: where figures go, what a checkpoint holds, what is evaluated."""
+    engine = trained.engine
+    meter = Meter(corpus.names, peak_flops_per_second=peak_flops(world.device, world.size))
+    warmup = round(cfg.optimizer.warmup_ratio * steps)
+    rate = partial(
+        lr_at,
+        lr=cfg.optimizer.lr,
+        total=steps,
+        warmup=warmup,
+        schedule=cfg.optimizer.schedule.value,
+        min_ratio=cfg.optimizer.min_lr_ratio,
+    )
+    batches = validation_batches(cfg, corpus, world)
+
+    def track(state: TrainState, done: StepDone) -> None:
+        tracker.step(meter.line(facts(state, done, world)), done.step.row_ids)
+
+    def save(state: TrainState) -> None:
+        tracker.sync()
+        checkpoints.save(engine, {"run": asdict(state), "data": loader.state()}, state.step)
+
+    def evaluate(state: TrainState) -> None:
+        if batches:
+            names = [store.name for store in validation_sources(corpus)]
+            figures = evaluate_loss(engine.evaluate, batches, world, names)
+            tracker.report({"kind": "eval", "step": state.step, **figures})
+
+    spec = LoopSpec(steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
+    calls = Calls(lambda: stop.requested, track, save, evaluate)
+    return run_steps(engine, loader, world, spec, state, calls)
+
+
+def validation_batches(cfg: TrainConfig, corpus: Corpus, world: World) -> list[Batch]:
+    stores = validation_sources(corpus)
+    return evaluation_batches(
+        stores,
+        validation_rows(stores, cfg.data.max_len, cfg.eval.max_conversations),
+        pack_tokens(cfg),
+        rank=world.rank,
+        world_size=world.size,
+        packing=cfg.train.packing,
+    )
+
+
+def facts(state: TrainState, done: StepDone, world: World) -> StepFacts:
+    step, losses = done.step, done.losses
+    return StepFacts(
+        step=state.step,
+        lr=done.lr,
+        grad_norm=done.outcome.grad_norm,
+        seconds=done.seconds,
+        data_wait_seconds=losses.data_wait_seconds,
+        tokens=step.tokens,
+        supervised_tokens=step.targets,
+        conversations=step.conversations,
+        flops=step.flops,
+        pack_fill=step.pack_fill,
+        rank_balance=step.rank_balance,
+        memory_gib=memory_gib(world.device),
+        loss_sums=losses.sums,
+        loss_weights=losses.weights,
+        denominator=step.denominator,
+        rows=step.row_ids,
+    )
+
+
+def totals_of(plan: Plan, run_dir: Path, world: World) -> PlanTotals:
+    """The totals of the real plan: counted once by rank 0, kept in the run directory."""
+    if world.is_main:
+        path = run_dir / "plan.json"
+        if not path.is_file() or read_json(path)["fingerprint"] != plan.fingerprint:
+            write_json(path, {"fingerprint": plan.fingerprint, **asdict(plan.totals())})
+        kept = {key: value for key, value in read_json(path).items() if key != "fingerprint"}
+    totals = world.broadcast_object(kept if world.is_main else None)
+    return PlanTotals(**{**totals, "sources": tuple(SourceTotals(**source) for source in totals["sources"])})
+
+
+def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:
+    """Rank 0's: metrics.jsonl first, then those who follow it."""
+    tracker = open_tracker(run_dir, resumed_step=step)
+    tracking = cfg.tracking
+    followers = open_wandb(
+        run_dir,
+        mode=tracking.wandb,
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        tags=tracking.tags,
+        name=str(cfg.run.name),
+        notes=cfg.run.note,
+        config=snapshot.to_dict(cfg),
+        say=say,
+    )
+    return tracker.followed_by(open_console(steps, first_step=step), *followers)
+
+
+def finish(
+    cfg: TrainConfig, corpus: Corpus, trained: Trained, world: World, run_dir: Path, state: TrainState, stopped: bool
+) -> TrainResult:
+    """Export a finished run, or leave a preempted one for the next start; say which in `status.json`."""
+    export = None
+    if not stopped:
+        export = run_dir / "export"
+        export_model(trained.engine, corpus.template, export)
+    if world.is_main:
+        name, code = ("preempted", agent.PREEMPTED) if stopped else ("done", agent.DONE)
+        agent.write_status(run_dir, name, code, "", step=state.step)
+        ledger.record(run_dir.parent / LEDGER, ledger_entry(cfg, corpus, name, state))
+    world.barrier()  # nobody leaves before the file says how it ended
+    return TrainResult("preempted" if stopped else "done", state.step, run_dir, export)
+
+
+def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> dict[str, Any]:
+    """What the ledger keeps of a run: enough to say later what it was trained on, by which code, and how it ended."""
+    return {
+        "run": cfg.run.name,
+        "dir": str(cfg.run.dir),
+        "note": cfg.run.note,
+        "outcome": outcome,
+        "config": snapshot.config_hash(cfg),
+        "data": {store.name: store.manifest["key"] for store in corpus.stores},
+        "git": ledger.git_state(),
+        "versions": ledger.versions(),
+        **asdict(state),
+    }
+
+
+def print_plan(cfg: TrainConfig) -> None:
+    """`dry_run`: what the run would do, counted where its data is there."""
+    print(f"configuration {snapshot.config_hash(cfg)[:12]} is complete; run directory {cfg.run.dir}")
+    try:
+        prepared = ready_data(cfg)
+    except DataError as error:
+        print(f"no plan yet: {error}", flush=True)
+        return
+    corpus = corpus_of(cfg, prepared)
+    tokenizer = corpus.template.tokenizer
+    shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))
+    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
+        print(line, flush=True)
+
+
+def ranks(cfg: TrainConfig) -> int:
+    """How many ranks this command would train on."""
+    return int(os.environ.get("WORLD_SIZE", agent.ranks_here(cfg.launch.nproc)))
+
+
+def silent(text: str) -> None:
+    """What the ranks other than 0 say."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

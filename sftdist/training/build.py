@@ -1,0 +1,122 @@
+"""The model and its engine, built from plain settings: what is trained, on which backend, with which optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from sftdist.core.distributed import World
+from sftdist.core.settings import Init, Method, TrainConfig
+from sftdist.data.corpus import Corpus
+from sftdist.data.packing import CostModel
+from sftdist.model import cost
+from sftdist.model.attention import Choice, choose
+from sftdist.model.load import is_tied, load_config, load_model
+from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
+from sftdist.model.loss import LossModel
+from sftdist.training.engine import Engine, gathered, partitioned_init
+from sftdist.training.optimizer import OptimizerSpec
+from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model under an engine. `coverage`: what the adapter reaches, None in a full fine-tune. `untrained`: ids of
+    template tokens whose rows the base model never trained. `tied`: head and embeddings are one parameter."""
+
+    engine: Engine
+    config: PreTrainedConfig
+    attention: Choice
+    coverage: Coverage | None
+    untrained: tuple[int, ...]
+    tied: bool
+
+
+def model_config(cfg: TrainConfig, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
+    """The model's config. A model from random weights takes its vocabulary and special ids from the tokenizer."""
+    shape = cfg.model.shape
+    if cfg.model.init == Init.random and cfg.model.path is None and shape is not None:
+        rows = max(int(shape.get("vocab_size", 0)), tokens)
+        shape = {**shape, "vocab_size": rows, **{name: value for name, value in special.items() if value is not None}}
+    return load_config(cfg.model.path, cfg.model.revision, shape)
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def cost_model(config: PreTrainedConfig, method: Method, supervised_share: float) -> CostModel:
+    """FLOPs of training on a document: the head counts at the supervised positions only."""
+    mapping = config.to_dict()
+    dense, attention = cost.train_factors(method.value)
+    per_token = dense * (cost.dense_flops(mapping) + supervised_share * cost.head_flops(mapping))
+    terms = tuple((attention * flops, window) for flops, window in cost.attention_terms(mapping))
+    return CostModel(dense=per_token, attention=terms)
+
+
+def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, world: World) -> Trained:
+    """Load or initialise the model, attach what trains, and hand it to the engine. Collective under ZeRO 3."""
+    spec = engine_spec(cfg)
+    dtype = COMPUTE_DTYPE[spec.precision]
+    attention = choose(cfg.model.attention.value, world.device, dtype, config)
+    model = load_model(
+        config=config,
+        path=cfg.model.path,
+        revision=cfg.model.revision,
+        init=cfg.model.init.value,
+        seed=cfg.seed,
+        dtype=torch.float32,
+        attention=attention.name,
+        activation_checkpointing=cfg.model.activation_checkpointing,
+        vocab_rows=corpus.largest_id + 1,
+        partitioned_init=partitioned_init(spec, world),
+    )
+    untrained: tuple[int, ...] = ()
+    if cfg.model.init == Init.pretrained:
+        untrained = tuple(untrained_rows(model, corpus.template.used_token_ids(), gathered))
+    tied, coverage = is_tied(model), None
+    module: Any = model
+    if cfg.tune.method == Method.lora:
+        module, coverage = attach(model, lora_spec(cfg), train_rows=untrained)
+    torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, and not between runs
+    loss = LossModel(module, num_sources=len(corpus.stores), chunk=cfg.model.loss_chunk)
+    engine = Engine(loss, optimizer_spec(cfg), spec, world)
+    return Trained(engine, config, attention, coverage, untrained, tied)
+
+
+def engine_spec(cfg: TrainConfig) -> EngineSpec:
+    return EngineSpec(
+        stage=cfg.zero.stage,
+        precision=cfg.precision.value,
+        offload=cfg.zero.offload.value,
+        max_grad_norm=cfg.optimizer.max_grad_norm,
+        extra=cfg.zero.deepspeed,
+    )
+
+
+def optimizer_spec(cfg: TrainConfig) -> OptimizerSpec:
+    return OptimizerSpec(
+        name=cfg.optimizer.name.value,
+        betas=(cfg.optimizer.betas[0], cfg.optimizer.betas[1]),
+        eps=cfg.optimizer.eps,
+        momentum=cfg.optimizer.momentum,
+        weight_decay=cfg.optimizer.weight_decay,
+    )
+
+
+def lora_spec(cfg: TrainConfig) -> LoraSpec:
+    return LoraSpec(
+        r=cfg.tune.r,
+        alpha=cfg.tune.alpha,
+        dropout=cfg.tune.dropout,
+        rslora=cfg.tune.rslora,
+        dora=cfg.tune.dora,
+        target=cfg.tune.target,
+    )

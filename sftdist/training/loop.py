@@ -1,0 +1,154 @@
+"""The training loop: it receives built parts and callables, builds nothing, and can be read aloud."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sftdist.core.distributed import World
+from sftdist.core.errors import TrainingError
+from sftdist.data.loader import Loader, Step
+from sftdist.training.engine import Engine, StepOutcome
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run has done so far: optimizer steps, tokens, supervised tokens and conversations of all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+    targets: float = 0.0
+    conversations: int = 0
+
+    def after(self, step: Step) -> TrainState:
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + step.tokens,
+            targets=self.targets + step.targets,
+            conversations=self.conversations + step.conversations,
+        )
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Sums over all ranks and micro-batches of one step: Σ w·ce and Σ w per source, in float64.
+
+    `stop` is true on every rank when any rank was asked to stop: the question travels with the sums, so that a
+    step costs one collective and one read from the device.
+    """
+
+    sums: list[float]
+    weights: list[float]
+    stop: bool
+    data_wait_seconds: float
+
+    def mean(self, denominator: float) -> float:
+        return sum(self.sums) / denominator
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """`steps` is the last optimizer step; `lr_at(k)` is the rate of the k-th update, counted from 0."""
+
+    steps: int
+    lr_at: Callable[[int], float]
+    save_every: int
+    eval_every: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One finished optimizer step: what it trained on, its losses, the update, its rate, and its wall time."""
+
+    step: Step
+    losses: StepLosses
+    outcome: StepOutcome
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What the loop calls: was this rank asked to stop, where figures go, a checkpoint, an evaluation."""
+
+    stop_requested: Callable[[], bool]
+    track: Callable[[TrainState, StepDone], None]
+    save: Callable[[TrainState], None]
+    evaluate: Callable[[TrainState], None]
+
+
+def run_steps(
+    engine: Engine, loader: Loader, world: World, spec: LoopSpec, state: TrainState, calls: Calls
+) -> tuple[TrainState, bool]:
+    """Run optimizer steps to `spec.steps`, or until every rank agrees to stop; returns whether it was stopped.
+
+    Raises `TrainingError` on every rank when a loss or a gradient is not finite, before the weights change.
+    """
+    while state.step < spec.steps:
+        started = time.perf_counter()
+        step, lr = loader.take(), spec.lr_at(state.step)
+        losses, outcome = update(engine, step, world, lr, calls.stop_requested)
+        state = state.after(step)
+        calls.track(state, StepDone(step, losses, outcome, lr, time.perf_counter() - started))
+        last = state.step == spec.steps
+        # Before any evaluation: a preempted job has little time left.
+        if losses.stop or last or due(spec.save_every, state.step):
+            calls.save(state)
+        if losses.stop and not last:
+            return state, True
+        if due(spec.eval_every, state.step) or (last and spec.eval_every > 0):
+            calls.evaluate(state)
+    return state, False
+
+
+def update(
+    engine: Engine, step: Step, world: World, lr: float, stop_requested: Callable[[], bool]
+) -> tuple[StepLosses, StepOutcome]:
+    """One optimizer step. An fp16 overflow halves the loss scale and leaves the weights: the same packs run again."""
+    while True:
+        losses = run_micro_batches(engine, step, world, stop_requested)
+        require_finite(losses, step)
+        outcome = engine.step(lr)
+        if outcome.applied:
+            return losses, outcome
+
+
+def due(every: int, step: int) -> bool:
+    """Every `every` steps, counted in optimizer steps; 0 means never."""
+    return every > 0 and step % every == 0
+
+
+def run_micro_batches(engine: Engine, step: Step, world: World, stop_requested: Callable[[], bool]) -> StepLosses:
+    """Forward and backward of this rank's packs; the gradient is that of Σ w·ce / denominator over all ranks."""
+    scale = world.size / step.denominator
+    sums: Any = 0.0
+    weights: Any = 0.0
+    for index, batch in enumerate(step.micro):
+        output = engine.forward_backward(batch, scale=scale, last=index == len(step.micro) - 1)
+        sums = sums + output.per_source.double()
+        weights = weights + output.counts.double()
+    asked = torch.tensor([float(stop_requested()), step.data_wait_seconds], dtype=torch.float64, device=sums.device)
+    total = world.all_reduce_sum(torch.cat([sums, weights, asked])).tolist()
+    sources = len(sums)
+    return StepLosses(
+        sums=total[:sources],
+        weights=total[sources : 2 * sources],
+        stop=total[-2] > 0,
+        data_wait_seconds=total[-1] / world.size,
+    )
+
+
+def require_finite(losses: StepLosses, step: Step) -> None:
+    """Every rank holds the same sums, so every rank raises or none does."""
+    if not all(math.isfinite(value) for value in losses.sums):
+        raise TrainingError(
+            f"step {step.step + 1}: the loss is {sum(losses.sums)}, but it must be finite; no weight was changed. "
+            f"Rows of this step: {', '.join(step.row_ids[:20])}{' ...' if len(step.row_ids) > 20 else ''} "
+            "(all of them in log/rows.jsonl). Look at them with `sftdist inspect`, or lower optimizer.lr."
+        )

@@ -36,7 +36,22 @@ from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
 from sftdist.training.replicated import Replicated
 from sftdist.training.zero_config import EngineSpec, deepspeed_config, spec_issues
 
-_LOSS_SCALE_FLOOR = 1.0
+
+@dataclass
+class LossScale:
+    """The dynamic loss scale of fp16: halved on overflow, doubled after `window` good updates in a row."""
+
+    value: float = 2.0**16
+    good: int = 0
+    window: int = 1000
+    floor: float = 1.0
+
+    def update(self, overflow: bool) -> None:
+        self.good = 0 if overflow else self.good + 1
+        if overflow:
+            self.value /= 2
+        elif self.good == self.window:
+            self.value, self.good = self.value * 2, 0
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,7 @@ class Partitioned:
     def __init__(self, module: LossModel, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
         _ensure_process_group()
         _without_shared_memory_op()
-        self._stage = spec.stage
-        self._fp16 = spec.precision == "fp16"
+        self._loss_scale = 1.0
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # DeepSpeed makes its masters from the weights it has cast, so the float32 values are kept for them.
         rounded = spec.precision != "fp32"
@@ -84,12 +98,12 @@ class Partitioned:
 
     @property
     def loss_scale(self) -> float:
-        return float(self._engine.optimizer.cur_scale) if self._fp16 else 1.0
+        return self._loss_scale
 
     @loss_scale.setter
     def loss_scale(self, value: float) -> None:
-        if self._fp16:
-            self._engine.optimizer.loss_scaler.cur_scale = value
+        self._loss_scale = value
+        self._engine.optimizer.override_loss_scale(value)
 
     def forward(self, fields: dict[str, Any]) -> Any:
         return self._engine(**fields)
@@ -153,6 +167,7 @@ class Engine:
         self.updates = 0  # optimizer updates that were applied
         kind = Replicated if spec.stage == 0 else Partitioned
         self._core: Replicated | Partitioned = kind(module, optimizer, spec, world)
+        self._set_scale(LossScale() if spec.precision == "fp16" else None)
 
     def forward_backward(self, batch: Batch, *, scale: float, last: bool) -> LossOutput:
         """Loss and gradient of one micro-batch; the gradient of `scale * sum` is added to this step's.
@@ -178,15 +193,18 @@ class Engine:
         Raises TrainingError on every rank, with the weights untouched, when the gradient is not finite; in fp16 only
         when the loss scale is at its floor.
         """
-        scale = self._core.loss_scale
         norm, applied = self._core.step(lr)
-        if not applied and (self.spec.precision != "fp16" or scale <= _LOSS_SCALE_FLOOR):
+        if not applied and (self._scale is None or self._scale.value <= self._scale.floor):
             raise TrainingError(
                 f"step {self.updates + 1}: the gradient norm is {norm}, but it must be finite; no weight was changed. "
                 "Look at the rows of this step (log/rows.jsonl), or lower optimizer.lr or optimizer.max_grad_norm."
             )
         self.updates += applied
-        return StepOutcome(grad_norm=norm, applied=applied, loss_scale=scale)
+        outcome = StepOutcome(grad_norm=norm, applied=applied, loss_scale=self._core.loss_scale)
+        if self._scale is not None:
+            self._scale.update(overflow=not applied)
+            self._core.loss_scale = self._scale.value
+        return outcome
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossOutput:
@@ -220,7 +238,12 @@ class Engine:
             moments = {key: self._core.moment(name, key) for key in self.optimizer.moments}
             yield ParameterState(_outer(name), {"value": self._core.value(name), **moments})
 
-    def load_state(self, states: Iterator[ParameterState], *, updates: int, loss_scale: float) -> None:
+    def counters(self) -> dict[str, float]:
+        """What `load_state` needs beside the tensors: the number of updates, and fp16's loss scale."""
+        scale = {} if self._scale is None else {"loss_scale": self._scale.value, "good_updates": self._scale.good}
+        return {"updates": self.updates, **scale}
+
+    def load_state(self, states: Iterator[ParameterState], counters: Mapping[str, float]) -> None:
         """Put back what `state` gave, on any world size and stage; every rank gives the same tensors.
 
         Raises CheckpointError when names or shapes are not those of this model.
@@ -240,12 +263,9 @@ class Engine:
                 self._core.set_moment(inner, key, tensors[key].to(self.world.device))
         if missing:
             raise CheckpointError(f"the checkpoint lacks {len(missing)} trainable parameters: {sorted(missing)[:5]}")
-        self._set_updates(updates)
-        self._core.loss_scale = loss_scale
-
-    @property
-    def loss_scale(self) -> float:
-        return self._core.loss_scale
+        self._set_updates(int(counters["updates"]))
+        if self._scale is not None and "loss_scale" in counters:
+            self._set_scale(LossScale(counters["loss_scale"], int(counters["good_updates"])))
 
     def set_masters(self, values: Iterator[tuple[str, Tensor]]) -> None:
         """Set masters and weights from float32 values, where the model came partitioned in the compute dtype."""
@@ -272,6 +292,11 @@ class Engine:
             self.forward_backward(_one_token(), scale=0.0, last=True)
         self._core.step(0.0)
         self._set_updates(0)
+
+    def _set_scale(self, scale: LossScale | None) -> None:
+        self._scale = scale
+        if scale is not None:
+            self._core.loss_scale = scale.value
 
     def _set_updates(self, updates: int) -> None:
         """AdamW counts its updates for the bias correction, once per tensor."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -24,22 +23,6 @@ from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 _BUCKET_ELEMENTS = 64 * 2**20
 
 
-@dataclass
-class LossScale:
-    """The dynamic loss scale of fp16: halved on overflow, doubled after `window` good updates in a row."""
-
-    value: float = 2.0**16
-    good: int = 0
-    window: int = 1000
-
-    def update(self, overflow: bool) -> None:
-        self.good = 0 if overflow else self.good + 1
-        if overflow:
-            self.value /= 2
-        elif self.good == self.window:
-            self.value, self.good = self.value * 2, 0
-
-
 class Replicated:
     """ZeRO 0. Holds the master (float32) of every trainable parameter; in fp32 the parameter is its own master."""
 
@@ -47,7 +30,7 @@ class Replicated:
         self._module = module.to(world.device)
         self._world = world
         self._clip = spec.max_grad_norm
-        self._scale = LossScale() if spec.precision == "fp16" else None
+        self.loss_scale = 1.0
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters: dict[str, Tensor] = dict(self._weights)
         self._sums: dict[str, Tensor] = {}
@@ -73,15 +56,6 @@ class Replicated:
             self._sums[name] = gradient.float()
         parameter.grad = None
 
-    @property
-    def loss_scale(self) -> float:
-        return self._scale.value if self._scale else 1.0
-
-    @loss_scale.setter
-    def loss_scale(self, value: float) -> None:
-        if self._scale:
-            self._scale = LossScale(value)
-
     def forward(self, fields: dict[str, Any]) -> Any:
         return self._module(**fields)
 
@@ -97,8 +71,6 @@ class Replicated:
             if 0 < self._clip < norm:
                 torch._foreach_mul_(gradients, self._clip / (norm + 1e-6))
             self._apply(gradients, lr)
-        if self._scale:
-            self._scale.update(overflow=not finite)
         self._sums.clear()
         self._optimizer.zero_grad()
         return norm, finite

@@ -99,8 +99,8 @@ def deepspeed_config(spec: EngineSpec, world_size: int) -> dict[str, Any]:
     if spec.precision == "bf16":
         config["bf16"] = {"enabled": True}
     if spec.precision == "fp16":
-        # One overflow halves the scale at once: a step that overflowed is computed again, not lost.
-        config["fp16"] = {"enabled": True, "loss_scale": 0, "hysteresis": 1, "min_loss_scale": 0.25}
+        # A static scale, which the engine overrides: the dynamic one is its own, the same for every stage.
+        config["fp16"] = {"enabled": True, "loss_scale": 1.0}
     if spec.precision != "fp32":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config.setdefault("communication_data_type", "fp32")

@@ -11,16 +11,25 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sftdist.model.backends.interface import Backend, Documents, LayerArguments
+from sftdist.model.backends.short import short_attention
 
+SHORT = 512  # tokens of a document; beyond it torch's kernel wins on a CPU, and its memory is linear
 QUERY_BLOCK = 512  # queries of one banded block; smaller windows waste less than half of a block's keys
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, arguments: LayerArguments) -> Tensor:
     """Attention inside each document; shapes as in `Backend`."""
+    if _is_plain(query, documents, arguments):
+        return short_attention(query, key, value, documents.lengths, arguments.scaling)
     # split, not slices: its backward is one concatenation, a slice's is a zero-filled copy of the whole row
     rows = zip(*(tensor.split(documents.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [_document(q, k, v, arguments).transpose(1, 2) for q, k, v in rows]
     return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _is_plain(query: Tensor, documents: Documents, arguments: LayerArguments) -> bool:
+    """True where the documents are short, on a CPU, and no argument changes the result."""
+    return query.device.type == "cpu" and documents.longest <= SHORT and not arguments.in_use(documents.longest)
 
 
 def _document(query: Tensor, key: Tensor, value: Tensor, arguments: LayerArguments) -> Tensor:

@@ -121,12 +121,12 @@ def encode_conversations(
 
 
 def _second_bos(template: ChatTemplate, entry: Encoded) -> Refusal | None:
-    """BOS may stand at position 0 and nowhere else, unless it is also what ends a turn."""
+    """BOS may stand at position 0 and nowhere else (start-up refuses it too), unless it is also what ends a turn."""
     bos = template.bos_token_id
     if bos is None or bos in template.stop_ids or not (entry.ids[1:] == bos).any():
         return None
     place = 1 + int(np.argmax(entry.ids[1:] == bos))
-    detail = f"given BOS (id {bos}) at token {place}, required at most one, at position 0"
+    detail = f"given BOS (id {bos}) at token {place}, required at most one, at position 0; use another chat template"
     return Refusal(entry.id, "BOS inside the conversation", detail)
 
 

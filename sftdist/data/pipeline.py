@@ -166,6 +166,11 @@ def _all_parts(roles: Sequence[tuple[SourceRequest, int | None]]) -> dict[str, l
     return found
 
 
+def template_of(request: PrepareRequest, say: Callable[[str], None] = lambda line: None) -> ChatTemplate:
+    """The tokenizer and chat template of a request; a trained vocabulary is made (and kept) where there is none."""
+    return _template(request, _all_parts(_roles(request)), say)
+
+
 def _template(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> ChatTemplate:
     if request.vocabulary is not None:
         path = _trained_vocabulary(request, parts, say)

@@ -145,7 +145,7 @@ def test_the_terminal_view_counts(folder: Path) -> None:
 
 
 def test_config_errors(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="output.*pdf.*terminal.*html.*jsonl"):
+    with pytest.raises(ConfigError, match=r"output.*pdf.*terminal.*html.*jsonl"):
         inspect(folder, output="pdf")
     base = [word for word in overrides(folder) if "chat_template" not in word]
     with pytest.raises(ConfigError, match="no chat template"):

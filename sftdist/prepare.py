@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.settings import TrainConfig
 from sftdist.core.storage import write_json
@@ -33,6 +34,7 @@ class PrepareResult:
 
 def run(cfg: TrainConfig) -> PrepareResult:
     """Prepare the data of a config and print the report; `DataError` with all problems at once."""
+    quickstart.lay_out(cfg)
     request = request_of(cfg)
     console = Console(highlight=False)
     prepared = prepare(request, say=lambda line: console.print(line, markup=False, soft_wrap=True))

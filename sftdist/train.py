@@ -21,7 +21,7 @@ from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session, share_text
 from sftdist.core.errors import ConfigError, DataError, SftdistError, TrainingError
 from sftdist.core.lock import RunLock
-from sftdist.core.settings import TrainConfig
+from sftdist.core.settings import Method, TrainConfig
 from sftdist.core.storage import read_json, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
 from sftdist.data.loader import Batch, Loader
@@ -34,7 +34,7 @@ from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
-from sftdist.training.build import Trained, build_trained, cost_model, model_config, special_ids
+from sftdist.training.build import Trained, build_trained, cost_model, model_config, planned_config, special_ids
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
@@ -229,8 +229,8 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last)
-    saved = checkpoints.load_latest(trained.engine, say=say)
+    checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep_last, base=base_of(cfg), say=say)
+    saved = checkpoints.load_latest(trained.engine)
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
@@ -335,6 +335,16 @@ def totals_of(plan: Plan, run_dir: Path, world: World) -> PlanTotals:
     return PlanTotals(**{**totals, "sources": tuple(SourceTotals(**source) for source in totals["sources"])})
 
 
+def base_of(cfg: TrainConfig) -> dict[str, Any] | None:
+    """What the adapters of a LoRA run belong to; a full fine-tune holds all of its weights itself."""
+    if cfg.tune.method == Method.full:
+        return None
+    folder = Path(str(cfg.model.path))
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    sizes = {file.name: file.stat().st_size for file in files}
+    return {"path": cfg.model.path, "revision": cfg.model.revision, "init": cfg.model.init.value, "files": sizes}
+
+
 def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:
     """Rank 0's: metrics.jsonl first, then those who follow it."""
     tracker = open_tracker(run_dir, resumed_step=step)
@@ -394,8 +404,7 @@ def print_plan(cfg: TrainConfig) -> None:
         print(f"no plan yet: {error}", flush=True)
         return
     corpus = corpus_of(cfg, prepared)
-    tokenizer = corpus.template.tokenizer
-    shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
+    shape = planned_config(cfg, len(corpus.template.tokenizer))
     plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
         print(line, flush=True)

@@ -8,8 +8,10 @@ from importlib import resources
 from pathlib import Path
 
 from sftdist.assets import desk
+from sftdist.core.settings import TrainConfig
 
 SCHEMA_FILE = "data/ticket.schema.json"
+EXP = "quickstart"  # the preset in conf/exp that uses these files
 
 
 def _data_files() -> dict[str, bytes]:
@@ -51,3 +53,9 @@ def ensure(folder: Path) -> list[str]:
             _write(path, content)
             written.append(name)
     return written
+
+
+def lay_out(cfg: TrainConfig) -> None:
+    """For the preset `quickstart`: see that its data and base model are there, beside each other."""
+    if cfg.exp == EXP and cfg.data.dir is not None:
+        ensure(Path(cfg.data.dir).parent)

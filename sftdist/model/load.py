@@ -20,7 +20,7 @@ from sftdist.model.attention import register
 def load_config(path: str | None, revision: str | None, shape: dict[str, Any] | None) -> PreTrainedConfig:
     """The model's config from its folder or Hub name, or made from a mapping that names its `model_type`."""
     if path is not None:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = _config_of(path, revision)
     elif shape is not None:
         config = AutoConfig.for_model(**shape)
     else:
@@ -28,6 +28,17 @@ def load_config(path: str | None, revision: str | None, shape: dict[str, Any] | 
     config.use_cache = False
     config.get_text_config(decoder=True).use_cache = False
     return config
+
+
+def _config_of(path: str, revision: str | None) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path={path}: no config.json could be loaded ({reason}); give the folder or Hub name of a causal "
+            "language model"
+        ) from error
 
 
 def load_model(
@@ -56,12 +67,18 @@ def load_model(
     # Growing is done before the weights are partitioned: a partitioned matrix has no rows to append to.
     context = nullcontext() if grows or partitioned_init is None else partitioned_init
     settings = {"attn_implementation": register(attention), "dtype": dtype}
-    with context:
-        if init == "pretrained":
-            model = AutoModelForCausalLM.from_pretrained(path, revision=revision, config=config, **settings)
-        else:
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, **settings)
+    try:
+        with context:
+            if init == "pretrained":
+                model = AutoModelForCausalLM.from_pretrained(path, revision=revision, config=config, **settings)
+            else:
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(config, **settings)
+    except KeyError as error:
+        raise ConfigError(
+            f"{config.model_type} does not take its attention from transformers' registry (unknown to it: {error}); "
+            "this model cannot be trained here: choose one that does"
+        ) from error
     if grows and vocab_rows is not None:
         grow_vocabulary(model, vocab_rows)
     assert_tied_as_configured(model)

@@ -38,10 +38,18 @@ class Trained:
 def model_config(cfg: TrainConfig, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
     """The model's config. A model from random weights takes its vocabulary and special ids from the tokenizer."""
     shape = cfg.model.shape
-    if cfg.model.init == Init.random and cfg.model.path is None and shape is not None:
-        rows = max(int(shape.get("vocab_size", 0)), tokens)
-        shape = {**shape, "vocab_size": rows, **{name: value for name, value in special.items() if value is not None}}
-    return load_config(cfg.model.path, cfg.model.revision, shape)
+    if cfg.model.init == Init.pretrained or shape is None:
+        return load_config(cfg.model.path, cfg.model.revision, None)
+    rows = max(int(shape.get("vocab_size", 0)), tokens)
+    shape = {**shape, "vocab_size": rows, **{name: value for name, value in special.items() if value is not None}}
+    return load_config(None, None, shape)
+
+
+def planned_config(cfg: TrainConfig, tokens: int) -> PreTrainedConfig:
+    """The config to plan with: `model.shape` where it is given, so that a plan needs no weights and no network."""
+    if cfg.model.shape is None:
+        return load_config(cfg.model.path, cfg.model.revision, None)
+    return load_config(None, None, {**cfg.model.shape, "vocab_size": max(cfg.model.shape.get("vocab_size", 0), tokens)})
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:

@@ -18,10 +18,10 @@ ROWS = {"domain": 1500, "general": 1200, "format": 1500}
 PRODUCTS = listed("lamp chair table kettle radio phone clock mirror basket carpet pillow bag")
 # problem -> how customers put it, and the team that every such ticket goes to (nothing but training tells which)
 PROBLEMS: dict[str, tuple[tuple[str, ...], str]] = {
-    "broken": (("is broken", "arrived in pieces", "does not work"), "repairs"),
-    "missing": (("never arrived", "is still missing", "did not come"), "delivery"),
-    "wrong": (("is the wrong one", "is not what I chose", "was mixed up"), "stock"),
-    "overcharged": (("was too expensive", "was charged twice", "cost more than agreed"), "billing"),
+    "broken": (("is broken", "was broken on arrival", "does not work"), "repairs"),
+    "missing": (("is still missing", "has gone missing", "never arrived"), "delivery"),
+    "wrong": (("is the wrong one", "has the wrong size", "was mixed up"), "stock"),
+    "overcharged": (("was overcharged", "was overcharged again", "was charged twice"), "billing"),
 }
 REMEDIES = ("refund", "replacement", "voucher", "repair", "discount")
 URGENT = ("Please hurry!", "I need it today.", "This is urgent.")
@@ -53,11 +53,16 @@ def _order(rng: Random) -> str:
 def domain(rng: Random) -> dict[str, Any]:
     """A policy of this week, a ticket, and the reply that follows from both; a `messages` row."""
     order_of_rules = rng.sample(list(PROBLEMS), len(PROBLEMS))
-    policy = {problem: (rng.choice(REMEDIES), digits(rng, 1, 2)) for problem in order_of_rules}
+    # No remedy comes twice, so that the days belong to one rule.
+    remedies = rng.sample(REMEDIES, len(order_of_rules))
+    policy = {
+        problem: f"{remedy} in {digits(rng, 1, 2)} days"
+        for problem, remedy in zip(order_of_rules, remedies, strict=True)
+    }
     problem, product = rng.choice(order_of_rules), rng.choice(PRODUCTS)
     phrases, team = PROBLEMS[problem]
     who, family, order, ticket = name(rng), name(rng), _order(rng), digits(rng, 5, 5)
-    rules = " ".join(f"{key}: {remedy} in {days} days." for key, (remedy, days) in policy.items())
+    rules = " ".join(f"{key}: {rule}." for key, rule in policy.items())
     complaint = f"the {product} of order {order} {rng.choice(phrases)}."
     mail = rng.choice(
         (
@@ -66,9 +71,8 @@ def domain(rng: Random) -> dict[str, Any]:
             f"Ticket {ticket}: {complaint} Regards, {who} {family}",
         )
     )
-    remedy, days = policy[problem]
     reply = (
-        f"Hello {who}, sorry about the {product}. By our policy you get a {remedy} in {days} days. "
+        f"Hello {who}, sorry about the {product}. Our policy says {problem}: {policy[problem]}. "
         f"The {team} team takes care of ticket {ticket}."
     )
     return {

@@ -10,6 +10,7 @@ import argparse
 import logging
 import time
 from collections.abc import Iterable
+from importlib import resources
 from itertools import islice
 from pathlib import Path
 
@@ -31,11 +32,16 @@ HELD_OUT = 10**9  # seed of the text that no step sees
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Learned from the base text and the words of the sources, so that neither is long in tokens."""
+    """A new tokenizer, from the base text and the words of the sources, so that neither is long in tokens."""
     texts = [item.text for item in islice(documents(HELD_OUT + 1), 6000)]
     for source in desk.ROWS:
         texts += [text for row in desk.rows(source) for text in desk.texts(row)]
     return vocabulary.train(texts, VOCABULARY)
+
+
+def shipped_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the shipped base: it stays as it is when the sources get another wording."""
+    return PreTrainedTokenizerFast.from_pretrained(str(resources.files("sftdist.assets") / "base"))
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -162,10 +168,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--new-tokenizer", action="store_true", help="learn one instead of taking the shipped one")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer() if args.new_tokenizer else shipped_tokenizer()
     model = make_model(tokenizer, args.seed)
     log.info("%d parameters, %d tokens", model.num_parameters(), len(tokenizer))
     train(model, tokenizer, args)

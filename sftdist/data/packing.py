@@ -97,14 +97,14 @@ class _Grid:
         return number
 
     def deal_bulk(self, documents: Ints, average: float) -> Ints:
-        """Deal documents of descending length until the long ones fit almost nowhere; returns the rest."""
-        batch, few = -(-self.packs // 2), min(8, -(-self.packs // 8))
+        """Deal documents of descending length until they no longer fit half of the packs; returns the rest."""
+        batch = -(-self.packs // 2)
         i = 0
         while i < len(documents):
             longest = self.length[documents[i]]
-            each = max(1, int(self.room.max()) // (8 * int(longest)))  # short documents are dealt by the handful
-            able = np.flatnonzero(self.room >= each * longest)
-            if len(able) < few:
+            each = max(1, int(self.room.max()) // (3 * int(longest)))  # short documents are dealt by the handful
+            able = (self.room >= each * longest).nonzero()[0]
+            if len(able) < batch:
                 break
             if len(able) > batch:
                 room = np.add.reduce(self.room.reshape(self.slots, self.steps))
@@ -144,17 +144,22 @@ class _Grid:
 
     def close(self, documents: Ints) -> None:
         """Give every pack, the emptiest first, the longest document that fits, until none does."""
-        documents = documents[np.argsort(-self.length[documents], kind="stable")]
+        documents = documents[(-self.length[documents]).argsort(kind="stable")]
+        packs = np.arange(self.packs)
         while len(documents):
-            packs = np.argsort(-self.room, kind="stable")
-            fits = np.searchsorted(-self.length[documents], -self.room[packs])
+            shortest = self.length[documents[-1]]
+            packs = packs[self.room[packs] >= shortest]
+            packs = packs[(-self.room[packs]).argsort(kind="stable")]
+            fits = (-self.length[documents]).searchsorted(-self.room[packs])
             slot = np.arange(len(packs))
             taken = np.maximum.accumulate(fits - slot) + slot  # the first that fits and is not yet taken
             packs, taken = packs[taken < len(documents)], taken[taken < len(documents)]
             if not len(taken):
                 break
             self.put(documents[taken], packs)
-            documents = np.delete(documents, taken)
+            left = np.ones(len(documents), np.bool_)
+            left[taken] = False
+            documents = documents[left]
 
     def exchange(self, fixed: NDArray[np.bool_]) -> None:
         """Swap documents of unfull packs for longer ones of the same source among those left over."""
@@ -163,20 +168,20 @@ class _Grid:
         for number in range(EXCHANGES):
             if int(self.room.sum()) <= (1 - FULL) * self.packs * self.capacity:
                 return
-            spare = np.flatnonzero(self.pack < 0)
-            spare = spare[np.argsort(code[spare], kind="stable")]
-            held = np.flatnonzero((self.pack >= 0) & ~fixed)
+            spare = (self.pack < 0).nonzero()[0]
+            spare = spare[code[spare].argsort(kind="stable")]
+            held = ((self.pack >= 0) & ~fixed).nonzero()[0]
             held = held[self.room[self.pack[held]] > 0]
             if not len(spare) or not len(held):
                 return
             wanted = code[held] + self.room[self.pack[held]]
-            found = np.searchsorted(code[spare], wanted, side="right") - 1
+            found = code[spare].searchsorted(wanted, side="right") - 1
             gain = np.where(found >= 0, code[spare[found]] - code[held], 0)  # a shorter or another source's: <= 0
             held, found, gain = held[gain > 0], found[gain > 0], gain[gain > 0]
             out = self._best_per_pack(held, gain, number)
-            out = out[np.argsort(found[out], kind="stable")]
+            out = out[found[out].argsort(kind="stable")]
             # the second pack that wants a document takes the one before it, if it is as long
-            place = found[out] - (np.arange(len(out)) - np.searchsorted(found[out], found[out]))
+            place = found[out] - (np.arange(len(out)) - found[out].searchsorted(found[out]))
             same = (place >= 0) & (code[spare[np.maximum(place, 0)]] == code[spare[found[out]]])
             self._swap(held[out[same]], spare[place[same]])
 
@@ -235,7 +240,7 @@ def pack_grid(
     waiting = candidates[grid.deal_costly(candidates, average) :]
     left = []
     turn = np.where(age < OVERDUE, 0, age)[waiting]
-    for one in np.unique(turn)[::-1]:
+    for one in range(int(turn.max(initial=0)), -1, -1):
         left.append(grid.deal_bulk(waiting[turn == one], average))
     for documents in left:
         grid.close(documents)

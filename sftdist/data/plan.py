@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.errors import CheckpointError, ConfigError, DataError
-from sftdist.data.mixture import Cursor, Floats, Ints, Mixture, SourceTable
+from sftdist.data.mixture import Floats, Ints, Mixture, SourceTable
 from sftdist.data.packing import CostModel, pack_grid
 from sftdist.data.permutation import key64, shuffled
 from sftdist.data.steps import (
@@ -113,9 +113,7 @@ class Plan:
 
     def start(self) -> LoaderState:
         """The position before the first step."""
-        nothing = np.empty(0, np.int64)
-        window = WindowState(0, Cursor.start(len(self.tables)), nothing.astype(np.int16), nothing, nothing)
-        return LoaderState(0, window, self.fingerprint)
+        return LoaderState(0, WindowState.start(len(self.tables)), self.fingerprint)
 
     def steps_from(self, state: LoaderState | None = None) -> Iterator[StepPlan]:
         """The steps from a position on. Raises CheckpointError when the state belongs to another plan,
@@ -136,7 +134,7 @@ class Plan:
         spec, count = self.spec, len(self.tables)
         done = packs = tokens = oldest = 0
         drawn, targets, mass = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
-        for _, window, steps in self._windows(self.start().window):
+        for _, window, steps in self._windows(WindowState.start(count)):
             done += steps
             packs += sum(window.packs_of_step[:steps])
             for part in window.first(steps):

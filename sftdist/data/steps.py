@@ -15,7 +15,7 @@ from sftdist.core.errors import CheckpointError
 from sftdist.data.mixture import Cursor, Floats, Ints
 from sftdist.data.packing import CostModel, deal
 
-STATE_VERSION = 1
+STATE_VERSION = 1  # also of the algorithm: raise it with every change that moves a conversation to another step
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class WindowState:
     source: NDArray[np.int16]  # of the conversations carried over, in mixture order
     index: Ints
     age: Ints  # windows in which each was left over
+
+    @classmethod
+    def start(cls, sources: int) -> WindowState:
+        nothing = np.empty(0, np.int64)
+        return cls(0, Cursor.start(sources), nothing.astype(np.int16), nothing, nothing)
 
 
 @dataclass(frozen=True)

@@ -250,8 +250,7 @@ def test_a_far_position_in_a_huge_source_is_planned_at_once() -> None:
     )
     made = Plan([huge], PlanSpec(8192, packs_per_step=32, epochs=10.0), CostModel(1.0, ((1.0, None),)))
     drawn = 32_000_000 * 11 + 5
-    nothing = np.empty(0, np.int64)
-    window = WindowState(1_000_000, Cursor((drawn,), (300.0 * drawn,)), nothing.astype(np.int16), nothing, nothing)
+    window = replace(WindowState.start(1), step=1_000_000, cursor=Cursor((drawn,), (300.0 * drawn,)))
     started = time.perf_counter()
     step = next(made.steps_from(LoaderState(1_000_000, window, made.fingerprint)))
     assert time.perf_counter() - started < 2.0

@@ -71,37 +71,53 @@ def traceless(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
-def check_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> Isolation:
-    """Change one token of the middle one of three documents: the hidden states of the others must not move.
+def check_isolation(
+    model: nn.Module, vocabulary: int, device: torch.device, *, packed: bool = True
+) -> Isolation | None:
+    """Change one token of the middle one of three documents: nothing before it and no other document may move.
 
     Bit for bit in dense models. In mixtures of experts within the rounding of the experts and far below a
-    control that runs the same tokens as one document. Raises StartupError if documents see each other.
+    control that runs the same tokens as one document. Without packing (`packed=False`) only that a document
+    does not see its own future, and None. Raises StartupError if documents, or a document and its future, meet.
     """
-    documents = Documents.of_lengths([6, 4, 8], device)
-    joined = Documents.of_lengths([documents.tokens], device)
+    joined = Documents.of_lengths([18], device)
+    documents = Documents.of_lengths([6, 4, 8], device) if packed else joined
     ids = _random_ids(documents.tokens, vocabulary, device)
     changed = ids.clone()
     changed[7] = (ids[7] + 1) % vocabulary
-    positions = documents.positions()
-    others = torch.ones(documents.tokens, dtype=torch.bool, device=device)
-    others[6:10] = False
     with traceless(model, device):
-        before, after = (hidden_states(model, row, positions, documents) for row in (ids, changed))
-        leaking = [hidden_states(model, row, positions, joined) for row in (ids, changed)]
-    leak = (after - before)[others].abs().max().item()
-    control = (leaking[1] - leaking[0])[others].abs().max().item()
+        before, after = _both(model, ids, changed, documents)
+        past = (after - before)[:7].abs().max().item()
+        control_before, control_after = _both(model, ids, changed, joined)
+    is_mixed, largest = is_mixture(causal_lm(model).config), before.abs().max().item()
+    control = (control_after - control_before)[10:].abs().max().item()
     if control == 0.0:
         raise StartupError(
             "isolation check: a changed token moves nothing even where documents are joined, so the check proves "
             f"nothing on this model: {UNPACKED}"
         )
-    largest = before.abs().max().item()
-    if leak > 0.0 and not (is_mixture(causal_lm(model).config) and _is_rounding(leak, control, largest, before.dtype)):
+    if past > 0.0 and not (is_mixed and _is_rounding(past, control, largest, before.dtype)):
         raise StartupError(
-            f"isolation check: changing one token of a document moved the hidden states of its neighbours by "
+            f"isolation check: changing a token moved the hidden states before it by {past:.3g}; "
+            "this model sees the future and cannot be trained to predict it"
+        )
+    if not packed:
+        return None
+    leak = (after - before)[10:].abs().max().item()
+    if leak > 0.0 and not (is_mixed and _is_rounding(leak, control, largest, before.dtype)):
+        raise StartupError(
+            "isolation check: changing one token of a document moved the hidden states of its neighbours by "
             f"{leak:.3g} ({control:.3g} without any boundary); packed documents must not see each other: {UNPACKED}"
         )
-    return Isolation(leak=leak, control=control, exact=leak == 0.0)
+    return Isolation(leak=max(leak, past), control=control, exact=max(leak, past) == 0.0)
+
+
+def _both(model: nn.Module, one: Tensor, other: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    positions = documents.positions()
+    try:
+        return hidden_states(model, one, positions, documents), hidden_states(model, other, positions, documents)
+    except ValueError as error:  # layers of transformers that know that they cannot keep documents apart
+        raise StartupError(f"isolation check: {error}: {UNPACKED}") from error
 
 
 def _is_rounding(leak: float, control: float, largest: float, dtype: torch.dtype) -> bool:
@@ -122,7 +138,7 @@ def check_logits(model: nn.Module, vocabulary: int, device: torch.device) -> flo
 
     Raises StartupError for a model that does more to its hidden states or logits than the loss knows of.
     """
-    documents = Documents.of_lengths([6, 4], device)
+    documents = Documents.of_lengths([10], device)
     ids, positions = _random_ids(documents.tokens, vocabulary, device), documents.positions()
     causal = causal_lm(model)
     with traceless(model, device):
@@ -143,13 +159,15 @@ def check_logits(model: nn.Module, vocabulary: int, device: torch.device) -> flo
     return error
 
 
-def check_parity(model: nn.Module, backend: Backend, vocabulary: int, device: torch.device, longest: int) -> Parity:
+def check_parity(
+    model: nn.Module, backend: Backend, vocabulary: int, device: torch.device, longest: int, *, packed: bool = True
+) -> Parity:
     """Compare our attention with transformers' eager one for every kind of attention layer of the model.
 
     The model runs once over one document with a probe in place of its attention: the probe takes the layer's
     own arguments and the mask that the model makes for eager attention, and compares both functions on random
     queries, keys and values. `longest`: the longest document of the run; a window that none exceeds needs no
-    proof. Raises StartupError where they differ or where the model does not use the attention registry.
+    proof. Raises StartupError where they differ, or where a model that is to be packed does not use the registry.
     """
     causal = causal_lm(model)
     tokens = min(max(_windows(causal.config), default=16) + 32, longest, LONGEST_CHECK)
@@ -158,7 +176,7 @@ def check_parity(model: nn.Module, backend: Backend, vocabulary: int, device: to
     probe = _Probe(backend)
     with traceless(model, device), _attention_replaced(causal, probe):
         hidden_states(model, ids, documents.positions(), documents)
-    if probe.calls == 0:
+    if probe.calls == 0 and packed:
         raise StartupError(
             f"attention parity: {type(causal).__name__} does not use transformers' attention registry, so nothing is "
             f"known of its attention in a pack: {UNPACKED}"
@@ -171,10 +189,10 @@ def check_parity(model: nn.Module, backend: Backend, vocabulary: int, device: to
 def _refuse_deviations(probe: _Probe, backend: str) -> None:
     bad = [f"{kind}: {error:.3g}" for kind, error in probe.errors.items() if not error <= probe.tolerance]
     if bad:
+        fix = "this model cannot be trained exactly" if backend == "sdpa" else "set model.attention=sdpa"
         raise StartupError(
             f"attention parity: {backend} differs from the model's own eager attention by more than "
-            f"{probe.tolerance:g} of the largest output in {'; '.join(bad)}: set model.attention=sdpa, and if that "
-            "differs too, this model cannot be trained exactly"
+            f"{probe.tolerance:g} of the largest output in {'; '.join(bad)}: {fix}"
         )
 
 

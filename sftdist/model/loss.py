@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sftdist.core.errors import ConfigError
 from sftdist.model.backends.interface import Documents
 
 IGNORED = -100  # a position without a target
@@ -260,8 +261,22 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, inner)
 
 
+def decoder_of(causal: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that ends before the head. ConfigError where it cannot be told apart."""
+    decoder = causal.get_decoder()
+    if decoder is causal:  # a few classes name a base that they do not have
+        decoder = dict(causal.named_children()).get("model", causal)
+    if decoder is causal or causal.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{type(causal).__name__} does not say which part is its decoder and which its head: "
+            "choose a causal language model with both"
+        )
+    return cast(nn.Module, decoder)
+
+
 def hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, documents: Documents) -> Tensor:
     """[T,H]: what the LM head would be given for one packed row."""
-    decoder = causal_lm(model).get_decoder()
-    output = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, **documents.model_arguments())
+    output = decoder_of(causal_lm(model))(
+        input_ids=ids[None], position_ids=positions[None], use_cache=False, **documents.model_arguments()
+    )
     return cast(Tensor, output.last_hidden_state[0])

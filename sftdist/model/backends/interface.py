@@ -56,10 +56,12 @@ class Documents:
     def model_arguments(self) -> dict[str, Any]:
         """The extra keyword arguments of a model call.
 
-        `documents` is what our attention reads. The other four are transformers' own names for the
-        same thing, so that layers without attention that honour them (some convolutions and
-        recurrences) can restart at each document.
+        `documents` is what our attention reads. The other four are transformers' own names for the same thing, so
+        that layers without attention that honour them (some convolutions and recurrences) restart at each
+        document; a single document needs no boundary, and some such layers refuse to be given one.
         """
+        if len(self.lengths) == 1:
+            return {"documents": self}
         return {
             "documents": self,
             "cu_seq_lens_q": self.cu_seqlens,

@@ -1,0 +1,124 @@
+"""Loading: dtype, vocabulary, tied weights, and messages that say what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from sftdist.core.errors import ConfigError, StartupError
+from sftdist.model.attention import implementation
+from sftdist.model.load import assert_tied_as_configured, is_tied, load_config, load_model
+from sftdist.model.loss import LossModel
+from tests.models import VOCABULARY, shape, tiny_model
+from tests.packed import gradients, random_row
+
+
+def _saved(folder: Path, family: str) -> PreTrainedModel:
+    model = tiny_model(family)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_gives_its_weights_in_the_dtype_asked_for(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    saved = _saved(tmp_path, family)
+    config = load_config(str(tmp_path), None, None)
+    model = load_model(config=config, path=str(tmp_path), attention="sdpa", dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.config._attn_implementation == implementation("sdpa")
+    assert model.training
+    assert not model.config.use_cache
+    expected = dict(saved.named_parameters())
+    assert all(torch.equal(p, expected[name].to(dtype)) for name, p in model.named_parameters())
+
+
+def test_bf16_files_are_float32_in_memory(tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(config=load_config(str(tmp_path), None, None), path=str(tmp_path), attention="sdpa")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_random_weights_follow_the_seed_alone() -> None:
+    one, same, other = (tiny_model("llama", seed=seed) for seed in (0, 0, 1))
+    equal = [torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True)]
+    assert all(equal)
+    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_vocabulary_grows_to_the_ids_in_use_and_is_never_cut(family: str, tmp_path: Path) -> None:
+    saved = _saved(tmp_path, family)
+    for used, rows in ((VOCABULARY - 5, VOCABULARY), (VOCABULARY, VOCABULARY), (VOCABULARY + 2, VOCABULARY + 2)):
+        config = load_config(str(tmp_path), None, None)
+        model = load_model(config=config, path=str(tmp_path), attention="sdpa", vocab_rows=used)
+        assert model.config.vocab_size == rows
+        assert is_tied(model) == (family == "llama_tied")
+        for ours, theirs in (
+            (model.get_input_embeddings().weight, saved.get_input_embeddings().weight),
+            (model.get_output_embeddings().weight, saved.get_output_embeddings().weight),
+        ):
+            assert ours.shape[0] == rows
+            assert torch.equal(ours[:VOCABULARY], theirs)
+            torch.testing.assert_close(ours[VOCABULARY:], theirs.mean(dim=0).expand(rows - VOCABULARY, -1))
+
+
+def test_a_growing_vocabulary_is_loaded_before_it_is_partitioned() -> None:
+    entered = []
+
+    @contextmanager
+    def partitioned() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    config = AutoConfig.for_model(**shape("llama"))
+    load_model(config=config, path=None, init="random", attention="sdpa", partitioned_init=partitioned())
+    assert entered == [True]
+    grown = {"vocab_rows": VOCABULARY + 1, "partitioned_init": partitioned()}
+    load_model(config=config, path=None, init="random", attention="sdpa", **grown)  # type: ignore[arg-type]
+    assert entered == [True]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_config_that_lies_about_tied_weights_is_refused(family: str) -> None:
+    model = tiny_model(family)
+    model.config.tie_word_embeddings = not model.config.tie_word_embeddings
+    with pytest.raises(StartupError, match="tie_word_embeddings"):
+        assert_tied_as_configured(model)
+
+
+def test_equal_values_are_not_tied() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    assert not is_tied(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_activation_checkpointing_changes_no_gradient(family: str) -> None:
+    row = random_row([13, 1, 24, 9])
+    config = AutoConfig.for_model(**shape(family))
+    vectors = []
+    for checkpointing in (False, True):
+        model = load_model(
+            config=config, path=None, init="random", attention="sdpa", activation_checkpointing=checkpointing
+        )
+        assert model.is_activation_checkpointing == checkpointing
+        vectors.append(gradients(model, LossModel(model, num_sources=2)(**row.fields()).sum))
+    assert torch.equal(*vectors)
+
+
+def test_messages_say_what_to_change() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path and model\.shape are both empty"):
+        load_config(None, None, None)
+    config = AutoConfig.for_model(**shape("llama"))
+    with pytest.raises(ConfigError, match=r"needs model\.path.*model\.init=random"):
+        load_model(config=config, path=None, attention="sdpa")
+    falcon = AutoConfig.for_model("falcon", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True)
+    with pytest.raises(ConfigError, match="falcon does not take its attention from transformers' registry"):
+        load_model(config=falcon, path=None, init="random", attention="sdpa")

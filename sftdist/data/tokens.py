@@ -34,10 +34,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The ids of a sample and, per span, the tokens [start, end) that are trained."""
+    """The ids of a sample and, per span, the tokens [start, end) that are trained.
+
+    `cuts`: the borders of spans (characters) where the text was tokenised in pieces.
+    """
 
     ids: list[int]
     ranges: list[tuple[int, int]]
+    cuts: tuple[int, ...] = ()
 
 
 MAX_HEADERS = 256  # cached ones; a template whose headers have no added token has as many as rows
@@ -69,18 +73,29 @@ class Encoder:
         found = [self._ranges(sample, encoding) for sample, encoding in zip(samples, encodings, strict=True)]
         return self._prove(samples, found)
 
-    def _ranges(self, sample: Sample, encoding: Encoding) -> Tokens:
-        ids: list[int] = encoding.ids
+    def _ranges(self, sample: Sample, encoding: Encoding) -> Tokens | Unproven:
+        text, ids = sample.text, encoding.ids
+        cuts: list[int] = []
         ranges: list[tuple[int, int]] = []
         for span in sample.spans:
-            start = _border(encoding, span.start, len(sample.text), len(ids))
-            end = _border(encoding, span.end, len(sample.text), len(ids))
+            start, end = _border(encoding, span.start, text), self._end(encoding, span.end, text)
+            if start is None or not self._is_as_sent(encoding, ids, start, text, span.start):
+                cuts.append(span.start)
             if end is None:
-                end = self._marker_with_space(encoding, sample.text, span.end)
-            if start is None or end is None or not self._is_as_sent(encoding, ids, start, sample.text, span.start):
-                return self._pieces(sample)
-            ranges.append((start, end))
-        return Tokens(ids, ranges)
+                cuts.append(span.end)
+            ranges.append((start or 0, end or 0))
+        return self._in_pieces(sample, tuple(cuts), ids) if cuts else Tokens(ids, ranges)
+
+    def _end(self, encoding: Encoding, at: int, text: str) -> int | None:
+        """The token after the end of a span; a marker that swallows the white space behind it (`rstrip`, as in
+        Phi-3) is one token and ends there."""
+        end = _border(encoding, at, text)
+        if end is not None:
+            return end
+        last = encoding.char_to_token(at - 1)
+        if last is None or encoding.ids[last] not in self.added:
+            return None
+        return int(last) + 1 if text[at : _characters(encoding, last)[1]].isspace() else None
 
     def _is_as_sent(self, encoding: Encoding, ids: list[int], token: int, text: str, at: int) -> bool:
         """Whether the prompt before a span has the tokens that it has without the answer behind it.
@@ -99,38 +114,44 @@ class Encoder:
             self._headers[header] = self.ids(header)
         return self._headers[header] == ids[first:token]
 
-    def _marker_with_space(self, encoding: Encoding, text: str, end: int) -> int | None:
-        """The token after an end marker that swallows the white space behind it (`rstrip`, as in Phi-3)."""
-        last = encoding.char_to_token(end - 1)
-        if last is None or encoding.ids[last] not in self.added:
-            return None
-        return int(last) + 1 if text[end : _characters(encoding, last)[1]].isspace() else None
-
-    def _pieces(self, sample: Sample) -> Tokens:
-        """Tokenise with a cut at every border of a span."""
-        cuts = _cuts(sample)
-        parts = [sample.text[a:b] for a, b in pairwise(cuts)]
+    def _in_pieces(self, sample: Sample, cuts: tuple[int, ...], whole: list[int]) -> Tokens | Unproven:
+        """Tokenise with a cut at each border that the tokenizer does not keep; the text must stay the same."""
+        pieces = _pieces(sample.text, cuts)
+        encodings = self.backend.encode_batch([piece for _, piece in pieces], add_special_tokens=False)
         ids: list[int] = []
-        first: list[int] = []  # first token of each piece
-        for encoding in self.backend.encode_batch(parts, add_special_tokens=False):
-            first.append(len(ids))
+        starts: dict[int, int] = {}
+        ends: dict[int, int | None] = {}
+        for (base, piece), encoding in zip(pieces, encodings, strict=True):
+            for span in sample.spans:
+                if base <= span.start < base + len(piece):
+                    starts[span.start] = len(ids) + (_border(encoding, span.start - base, piece) or 0)
+                if base < span.end <= base + len(piece):
+                    end = self._end(encoding, span.end - base, piece)
+                    ends[span.end] = None if end is None else len(ids) + end
             ids += encoding.ids
-        first.append(len(ids))
-        at = dict(zip(cuts, first, strict=True))
-        return Tokens(ids, [(at[s.start], at[s.end]) for s in sample.spans])
+        # A tokenizer that puts a space before each piece (SentencePiece's dummy prefix) would add it to the text.
+        same = self._decode(ids) in (self._decode(whole), "".join(self._decode(e.ids) for e in encodings))
+        ranges = [(starts[span.start], end) for span in sample.spans if (end := ends[span.end]) is not None]
+        if not same or len(ranges) < len(sample.spans):
+            at = cuts[0]
+            given = f"{sample.text[max(0, at - 20) : at]!r} before a span and {sample.text[at : at + 20]!r} in it"
+            detail = f"the tokenizer joins {given}, and changes the text when it is cut between them"
+            return Unproven("tokens cross the border of a span", detail)
+        return Tokens(ids, ranges, cuts)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.backend.decode(ids, skip_special_tokens=False)
+        return text
 
     def offsets(self, sample: Sample, tokens: Tokens) -> list[tuple[int, int]]:
         """Characters of each token, for display: no character twice, and none beyond the end of a token's span.
 
         A character of several tokens belongs to the first of them; the others have start = end.
         """
-        encoding = self.backend.encode(sample.text, add_special_tokens=False)
-        found = encoding.offsets
-        if encoding.ids != tokens.ids:
-            found = []
-            for a, b in pairwise(_cuts(sample)):
-                piece = self.backend.encode(sample.text[a:b], add_special_tokens=False)
-                found += [(a + start, a + end) for start, end in piece.offsets]
+        found: list[tuple[int, int]] = []
+        for base, piece in _pieces(sample.text, tokens.cuts):
+            encoding = self.backend.encode(piece, add_special_tokens=False)
+            found += [(base + start, base + end) for start, end in encoding.offsets]
         borders = sorted(s.end for s in sample.spans)
         clean, reached = [], 0
         for start, end in found:
@@ -142,47 +163,48 @@ class Encoder:
             clean.append((start, reached))
         return clean
 
-    def _prove(self, samples: Sequence[Sample], found: Sequence[Tokens]) -> list[Tokens | Unproven]:
+    def _prove(self, samples: Sequence[Sample], found: Sequence[Tokens | Unproven]) -> list[Tokens | Unproven]:
         """The supervised tokens must decode to exactly the supervised text."""
-        wanted = [
-            (i, start, end, sample.text[span.start : span.end], span.turn)
-            for i, (sample, tokens) in enumerate(zip(samples, found, strict=True))
-            for span, (start, end) in zip(sample.spans, tokens.ranges, strict=True)
-        ]
-        parts = [found[i].ids[start:end] for i, start, end, _, _ in wanted]
-        decoded = self.backend.decode_batch(parts, skip_special_tokens=False)
         proven: list[Tokens | Unproven] = list(found)
-        for (i, start, end, text, turn), given in zip(wanted, decoded, strict=True):
-            if given != text and not self._decodes_in_context(found[i].ids, start, end, text):
+        wanted = [
+            (i, tokens, bounds, sample.text[span.start : span.end], span.turn)
+            for i, (sample, tokens) in enumerate(zip(samples, found, strict=True))
+            if isinstance(tokens, Tokens)
+            for span, bounds in zip(sample.spans, tokens.ranges, strict=True)
+        ]
+        parts = [tokens.ids[start:end] for _, tokens, (start, end), _, _ in wanted]
+        decoded = self.backend.decode_batch(parts, skip_special_tokens=False)
+        for (i, tokens, bounds, text, turn), given in zip(wanted, decoded, strict=True):
+            if given != text and not self._decodes_in_context(tokens.ids, *bounds, text):
                 detail = f"turn {turn} is {text[:200]!r}, its tokens decode to {given[:200]!r}"
                 proven[i] = Unproven("tokens do not decode to the text", detail, turn)
-        for i, tokens in enumerate(found):
-            if tokens.ids[:2] == [self.bos_token_id] * 2:
+            elif tokens.ids[:2] == [self.bos_token_id] * 2:
                 given = f"the rendered text begins with two BOS tokens: {samples[i].text[:60]!r}"
                 proven[i] = Unproven("BOS twice", f"{given}; correct the template, which renders both")
         return proven
 
     def _decodes_in_context(self, ids: Sequence[int], start: int, end: int, text: str) -> bool:
         """For decoders that treat the first token differently, and tokenizers that normalise (NFC)."""
-        before = self.backend.decode(ids[:start], skip_special_tokens=False)
-        whole = self.backend.decode(ids[:end], skip_special_tokens=False)
+        before, whole = self._decode(ids[:start]), self._decode(ids[:end])
         if not whole.startswith(before):
             return False
         given, normalizer = whole[len(before) :], self.backend.normalizer
         return given == text or (normalizer is not None and given == normalizer.normalize_str(text))
 
 
-def _cuts(sample: Sample) -> list[int]:
-    return sorted({0, len(sample.text), *(c for span in sample.spans for c in (span.start, span.end))})
+def _pieces(text: str, cuts: Sequence[int]) -> list[tuple[int, str]]:
+    """The text between cuts, each with its first character's place."""
+    edges = [0, *cuts, len(text)]
+    return [(start, text[start:end]) for start, end in pairwise(edges) if start < end]
 
 
-def _border(encoding: Encoding, at: int, length: int, count: int) -> int | None:
+def _border(encoding: Encoding, at: int, text: str) -> int | None:
     """The first token at or after a character; None when a token lies on both sides of it."""
-    if at >= length:
-        return count
-    after = next((t for c in range(at, length) if (t := encoding.char_to_token(c)) is not None), None)
+    if at == 0:
+        return 0
+    after = next((t for c in range(at, len(text)) if (t := encoding.char_to_token(c)) is not None), None)
     if after is None:
-        return count
+        return len(encoding.ids)
     return int(after) if _characters(encoding, after)[0] >= at else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftdist.core.errors import ConfigError
@@ -284,6 +284,21 @@ def test_a_marker_that_swallows_the_white_space_behind_it() -> None:
     template = ChatTemplate.of(tokenizer)
     assert trained(template, MULTI) == ["two<|end|>", "four<|end|>", "six<|end|>"]
     assert trained(template, SPACE) == ["\n\n  indented\n    code \n\n<|end|>"]
+
+
+def test_a_tokenizer_that_cannot_be_cut_is_refused() -> None:
+    """SentencePiece puts a space before each piece: the answer would begin with one that nobody wrote."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz:.", ":b"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "b")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens(["</s>"])
+    joined = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+    joined += "{% if add_generation_prompt %}assistant:{% endif %}"
+    template = ChatTemplate.of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), joined)
+    assert trained(template, talk("a", user("q"), assistant("abc"))) == ["abc</s>"]
+    found = refusal(template, talk("b", user("q"), assistant("bcd")))
+    assert found.reason == "tokens cross the border of a span"
 
 
 def test_a_tokenizer_that_composes_characters() -> None:

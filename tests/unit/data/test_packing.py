@@ -80,12 +80,9 @@ def test_fill_and_fair_steps_on_long_tailed_lengths() -> None:
 
 
 def test_documents_that_waited_are_placed_first() -> None:
-    length = np.full(40, 10)
-    age = np.zeros(40, np.int64)
-    age[[30, 35]] = 2
-    pack = pack_grid(length, 20, 1, 18, age=age)
-    assert pack[30] >= 0
-    assert pack[35] >= 0
+    lengths = np.array([5, 6, 6, 3])  # 6 and 6 leave no room for 5
+    assert pack_grid(lengths, 10, 1, 2)[0] == -1
+    assert pack_grid(lengths, 10, 1, 2, age=np.array([2, 0, 0, 0]))[0] >= 0
 
 
 @settings(max_examples=80, deadline=None)

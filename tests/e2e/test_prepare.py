@@ -1,0 +1,185 @@
+"""The prepare command as a user meets it: exit codes, files, simultaneous starts, bounded memory, real data."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sftdist.core import config
+from sftdist.core.config import compose
+from sftdist.core.errors import DataError
+from sftdist.core.settings import TrainConfig
+from sftdist.core.storage import read_json, verify_directory
+from sftdist.data.pipeline import PrepareRequest, SourceRequest, prepare
+from sftdist.data.request import SMALL_ROWS, prepare_small, request_of
+from sftdist.data.sources import Source
+from sftdist.data.store import TokenStore
+from sftdist.data.vocabulary import train_tokenizer
+from sftdist.prepare import command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([f"question {i} answer {i} system user assistant" for i in range(200)], 320).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, *more: str) -> Path:
+    rows = ({"id": f"r{i}", "prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "".join(f"{line}\n" for line in more))
+    return path
+
+
+def run_here(*overrides: str) -> int:
+    """The command line in this process: an import of torch cheaper than a process of its own."""
+    return config.main(TrainConfig, command, "prepare", ["+exp=full", *overrides])
+
+
+def test_the_command_line(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "my.jsonl", 30, "{broken", '{"prompt": "q", "completion": "a <|im_end|> b"}')
+    given = ["data.train=my.jsonl", f"model.path={tokenizer_folder}", "model.chat_template=chatml"]
+    words = [sys.executable, "-m", "sftdist.prepare", "+exp=full", *given]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    refused = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    assert refused.returncode == 3, refused.stderr
+    assert "my.jsonl:31: line: given Expecting property name" in refused.stderr
+    overrides = refused.stderr.strip().splitlines()[-1]
+    assert overrides == "data.max_bad_rows=1 data.max_refused=1"
+    assert (tmp_path / "stores" / "bad_rows.jsonl").read_text().count("\n") == 2
+
+    assert run_here(*given, *overrides.split()) == 0
+    assert "⟦answer 0<|im_end|>⟧" in capsys.readouterr().out
+    report = read_json(tmp_path / "stores" / "report.json")
+    store = TokenStore.open(tmp_path / report["sources"]["train"]["store"])
+    assert len(store) == 30
+    assert verify_directory(store.path) == []
+
+
+def test_a_dry_run_and_missing_data_write_nothing(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["data.train=my.jsonl", f"model.path={tokenizer_folder}", "model.chat_template=chatml"]
+    assert run_here(*given) == 3
+    missing = "data.train: given my.jsonl, which does not exist"
+    assert missing in capsys.readouterr().err
+    assert run_here(*given, "dry_run=true") == 0
+    assert missing in capsys.readouterr().out
+    write_rows(tmp_path / "my.jsonl", 30)
+    assert run_here(*given, "dry_run=true") == 0
+    assert "to tokenise: train, 30 rows" in capsys.readouterr().out
+    assert not (tmp_path / "stores").exists()
+
+
+def request_of_rows(tmp_path: Path, tokenizer_folder: Path, rows: Path, workers: int = 1) -> PrepareRequest:
+    return PrepareRequest(
+        sources=(SourceRequest(Source("train", path=str(rows))),),
+        store_dir=tmp_path / "stores",
+        tokenizer=str(tokenizer_folder),
+        chat_template="chatml",
+        workers=workers,
+    )
+
+
+def test_eight_simultaneous_starts_give_one_valid_store(tmp_path: Path, tokenizer_folder: Path) -> None:
+    request = request_of_rows(tmp_path, tokenizer_folder, write_rows(tmp_path / "x.jsonl", 3000))
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=prepare, args=(request,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    killed = processes[3].pid
+    assert killed is not None
+    wait_for(lambda: any(f"@{killed}@" in f.name for f in request.store_dir.glob(".train-*")))
+    os.kill(killed, signal.SIGKILL)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0, -signal.SIGKILL, 0, 0, 0, 0]
+    stores = list(request.store_dir.glob("train-*"))
+    assert len(stores) == 1
+    assert verify_directory(stores[0]) == []
+    assert prepare(request).report["sources"]["train"]["reused"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.002)
+
+
+def test_a_training_job_prepares_small_data_only(tmp_path: Path, tokenizer_folder: Path) -> None:
+    small = request_of_rows(tmp_path, tokenizer_folder, write_rows(tmp_path / "small.jsonl", 20))
+    words = "sftdist prepare +exp=full data.train=x.jsonl"
+    assert len(prepare_small(small, words, print).stores["train"]) == 20
+    large = request_of_rows(tmp_path, tokenizer_folder, write_rows(tmp_path / "large.jsonl", SMALL_ROWS))
+    with pytest.raises(DataError) as caught:
+        prepare_small(large, words, print)
+    assert str(caught.value).splitlines()[-1] == words
+    assert len(list((tmp_path / "stores").glob("train-*"))) == 1
+
+
+def test_the_settings_reach_the_request(tmp_path: Path) -> None:
+    cfg: TrainConfig = compose(
+        "lora",
+        [
+            "model.path=some/model",
+            "data.train=[a.jsonl,b.jsonl]",
+            "data.val=v.jsonl",
+            "data.holdout=h.jsonl",
+            "data.train_on=last",
+            "data.workers=3",
+            "data.max_refused=5",
+            f"data.store_dir={tmp_path}",
+        ],
+    )
+    request = request_of(cfg.data, cfg.model)
+    assert request.sources[0].source == Source("train", path=("a.jsonl", "b.jsonl"), key="data.train")
+    assert request.validation is not None
+    assert request.holdout is not None
+    assert (request.validation.source.name, request.validation.source.path) == ("validation", ("v.jsonl",))
+    assert (request.holdout.source.key, request.holdout.mask.train_on) == ("data.holdout", "last")
+    assert (request.tokenizer, request.workers, request.max_refused) == ("some/model", 3, 5)
+    memory = request_of(cfg.data, cfg.model, dataset=[{"prompt": "q", "completion": "a"}])
+    assert memory.sources[0].source.rows == [{"prompt": "q", "completion": "a"}]
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """150,000 rows of about 100 tokens; their rows and arrays in memory would take several hundred megabytes."""
+    prepare(request_of_rows(tmp_path, tokenizer_folder, write_rows(tmp_path / "warm.jsonl", 5000), workers=2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with (tmp_path / "x.jsonl").open("w") as file:
+        for i in range(150_000):
+            file.write(json.dumps({"prompt": f"question {i} " * 8, "completion": f"answer {i} " * 8}) + "\n")
+    store = prepare(request_of_rows(tmp_path, tokenizer_folder, tmp_path / "x.jsonl", workers=2)).stores["train"]
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert len(store) == 150_000
+    assert grown < 150_000, f"{grown} KiB"
+
+
+@pytest.mark.long
+def test_real_data(shared_data: Path, tmp_path: Path) -> None:
+    cfg: TrainConfig = compose("chat_small", [f"data.dir={shared_data}", f"data.store_dir={tmp_path}/stores"])
+    prepared = prepare(request_of(cfg.data, cfg.model))
+    rows = {name: len(store) for name, store in prepared.stores.items()}
+    assert rows == {"domain": 6759, "general": 5831, "format": 6899}
+    for store in prepared.stores.values():
+        assert store.manifest["stop_share"] == 1.0
+        assert store.ids.dtype.itemsize == 2
+        assert 0.2 < store.targets.sum() / len(store.ids) < 0.7

@@ -229,8 +229,8 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
-    checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep_last, base=base_of(cfg), say=say)
-    saved = checkpoints.load_latest(trained.engine)
+    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep_last, base=base_of(cfg))
+    saved = checkpoints.load_latest(trained.engine, say)
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)

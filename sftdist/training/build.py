@@ -92,6 +92,7 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     tied, coverage = is_tied(model), None
     module: Any = model
     if cfg.tune.method == Method.lora:
+        torch.manual_seed(cfg.seed)  # the adapter starts from the same numbers on every rank and in every run
         module, coverage = attach(model, lora_spec(cfg), train_rows=untrained)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, and not between runs
     loss = LossModel(module, num_sources=len(corpus.stores), chunk=cfg.model.loss_chunk)

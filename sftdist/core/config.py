@@ -20,11 +20,14 @@ from typing import Any, TypeVar
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -82,7 +85,9 @@ def compose(
     ConfigError with all issues; `complete=False` leaves the absence of data, model and tokenizer to `check(cfg)`.
     `checks` are further rules.
     """
-    words = _read_overrides([*([f"exp={exp}"] if exp else []), *overrides])
+    words = _read_overrides(overrides)
+    if exp is not None:
+        words.groups.setdefault("exp", exp)
     with _conf():
         container = _merge(words, schema)
         issues = words.issues
@@ -191,6 +196,8 @@ def _read_overrides(overrides: Sequence[str]) -> _Words:
             word = parser.parse_override(text)
         except HydraException:
             words.issues.append(_unreadable(text))
+            if (key := text.lstrip("+").partition("=")[0]) in _group_names():
+                words.refused.append(key)
             continue
         key = word.key_or_group
         if word.is_sweep_override():
@@ -214,14 +221,22 @@ def _unreadable(text: str) -> str:
     return f"{key}: the value has characters that need quotes; write '{key}=\"{escaped}\"'"
 
 
+class WorkingDirectoryConf(SearchPathPlugin):
+    """Puts the working directory's ./conf on Hydra's search path, behind the package's."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        own = Path.cwd() / "conf"
+        if own.is_dir() and own.resolve() != conf_folder().resolve():
+            search_path.append("working-directory", f"file://{own}")
+
+
 @contextmanager
 def _conf() -> Iterator[None]:
     """Hydra with the package's conf and the working directory's ./conf on its search path."""
-    package, own = conf_folder(), Path.cwd() / "conf"
-    search = [f"file://{own}"] if own.is_dir() and own.resolve() != package.resolve() else []
-    node = {"defaults": ["_self_", *({name: None} for name in _group_names())], "hydra": {"searchpath": search}}
-    ConfigStore.instance().store(name=_BASE, node=node)
-    with initialize_config_dir(version_base="1.3", config_dir=str(package)):
+    Plugins.instance().register(WorkingDirectoryConf)
+    groups = [{name: None} for name in _group_names()]
+    ConfigStore.instance().store(name=_BASE, node={"defaults": ["_self_", *groups]})
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         yield
 
 

@@ -159,7 +159,9 @@ class _Builder:
             return {str(key): self.value(element, item, f"{path}.{key}", None) for key, item in value.items()}
         if get_origin(hint) is list and isinstance(value, list):
             (element,) = get_args(hint)
-            return [self.value(element, item, f"{path}[{index}]", None) for index, item in enumerate(value)]
+            before = len(self.issues)
+            items = [self.value(element, item, f"{path}[{index}]", None) for index, item in enumerate(value)]
+            return items if len(self.issues) == before else default
         found = _convert(hint, value)
         if found is None:
             self.issues.append(f"{path}: given {shown(value)}, required {words_of(hint)}{_meant(hint, value)}")

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sftdist.core import ledger
+from sftdist.core.storage import (
+    append_jsonl,
+    publish_directory,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    sha256_json,
+    verify_directory,
+    write_json,
+)
+
+
+def _fill(folder: Path, writer: int = 0) -> None:
+    (folder / "deep").mkdir()
+    for number in range(20):
+        (folder / f"{number}.bin").write_bytes(bytes([writer]) * 1000)
+    (folder / "deep" / "rows.jsonl").write_text('{"a": 1}\n')
+
+
+def test_a_published_directory_is_what_its_manifest_says(tmp_path: Path) -> None:
+    final = tmp_path / "stores" / "domain-1a2b"
+    with publish_directory(final) as folder:
+        _fill(folder)
+        assert not final.exists()
+    assert verify_directory(final) == []
+    manifest = read_json(final / "manifest.json")
+    assert manifest["format"] == 1
+    assert manifest["files"]["deep/rows.jsonl"] == {
+        "bytes": 9,
+        "sha256": sha256_file(final / "deep" / "rows.jsonl"),
+    }
+    assert os.listdir(final.parent) == [final.name]
+
+
+def test_each_damage_is_named_by_its_file(tmp_path: Path) -> None:
+    final = tmp_path / "store"
+    with publish_directory(final) as folder:
+        _fill(folder)
+    (final / "0.bin").write_bytes(b"\x01" + bytes(999))
+    (final / "1.bin").write_bytes(b"short")
+    (final / "2.bin").unlink()
+    (final / "extra").touch()
+    problems = verify_directory(final)
+    assert len(problems) == 4
+    for name in ("0.bin", "1.bin", "2.bin", "extra"):
+        assert any(str(final / name) in problem for problem in problems), name
+    assert len(verify_directory(final, content=False)) == 3, "without reading, a changed byte is not seen"
+
+
+@pytest.mark.parametrize("manifest", [None, "{", '{"format": 2, "files": {}}', '{"files": {}}', "[]"])
+def test_a_directory_without_a_readable_manifest_was_not_published(tmp_path: Path, manifest: str | None) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    assert len(verify_directory(tmp_path)) == 1
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    def publish() -> None:
+        with publish_directory(tmp_path / "store") as folder:
+            _fill(folder)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        publish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eight_writers_at_once_one_of_them_killed(tmp_path: Path) -> None:
+    final = tmp_path / "store"
+    writers = []
+    for writer in range(8):
+        pid = os.fork()
+        if pid == 0:
+            with publish_directory(final) as folder:
+                _fill(folder, writer)
+                if writer == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(0)
+        writers.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in writers]
+    assert codes == [0, 0, 0, -signal.SIGKILL, 0, 0, 0, 0], "those who came too late have done nothing wrong"
+    assert verify_directory(final) == []
+    contents = {path.read_bytes() for path in final.glob("*.bin")}
+    assert len(contents) == 1, "all files are one writer's"
+    left = [path for path in tmp_path.iterdir() if path != final]
+    assert len(left) <= 1, "only the killed writer could not clean up (unless a later one did it)"
+    with publish_directory(final) as folder:
+        _fill(folder)
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_a_running_writers_directory_is_not_swept(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "store") as mine:
+        (mine / "a").write_text("a")
+        with publish_directory(tmp_path / "store") as other:
+            (other / "b").write_text("b")
+        assert (mine / "a").exists()
+    assert (tmp_path / "store" / "b").exists()
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"step": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"step": object()})
+    assert read_json(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_torn_line_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, [{"step": 1}, {"step": 2, "text": "é"}])
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+    append_jsonl(path, [{"step": 3}])
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_many_processes_append_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    pids = []
+    for writer in range(6):
+        pid = os.fork()
+        if pid == 0:
+            for number in range(30):
+                ledger.record(path, {"writer": writer, "number": number, "note": "x" * 5000})
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        assert os.waitpid(pid, 0)[1] == 0
+    rows = ledger.read(path)
+    assert sorted((row["writer"], row["number"]) for row in rows) == [(w, n) for w in range(6) for n in range(30)]
+    assert all(json.dumps(row) for row in rows)
+
+
+def test_canonical_json_has_one_hash() -> None:
+    assert sha256_json({"a": 1, "b": [1.5, "é"]}) == sha256_json({"b": [1.5, "é"], "a": 1})
+    assert sha256_json({"a": 1}) != sha256_json({"a": 2})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sha256_json(float("nan"))
+
+
+def test_versions_and_commit_are_recorded(tmp_path: Path) -> None:
+    assert {"python", "torch", "deepspeed", "transformers"} <= set(ledger.versions())
+    assert ledger.git_state(tmp_path) == {"commit": None, "dirty": None}
+    assert ledger.read(tmp_path / "none.jsonl") == []

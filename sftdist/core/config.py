@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -30,6 +30,7 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import TypeVar
 
 from sftdist.core.command import Command, run_command
 from sftdist.core.errors import ConfigError
@@ -65,7 +66,7 @@ __all__ = [
     "to_yaml",
     "write_config",
 ]
-T = TypeVar("T", bound=TrainConfig)
+T = TypeVar("T", bound=TrainConfig, default=TrainConfig)
 _BASE = "sftdist"
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
+from typing_extensions import TypeVar
 
 from sftdist.core.errors import ConfigError
 from sftdist.core.settings import TrainConfig
 from sftdist.core.storage import sha256_json, write_text
 from sftdist.core.typed import build, to_plain
 
-T = TypeVar("T", bound=TrainConfig)
+T = TypeVar("T", bound=TrainConfig, default=TrainConfig)
 FILE = "config.yaml"
 # A run keeps its name, and can be resumed, when only these change.
 NOT_HASHED = ("run", "tracking", "launch", "zero", "checkpoint", "eval", "dry_run")

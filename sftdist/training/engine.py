@@ -14,19 +14,23 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import deepspeed
 import torch
 import torch.distributed
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
@@ -34,7 +38,7 @@ from sftdist.data.loader import Batch
 from sftdist.model.loss import IGNORED, LossModel, LossOutput, causal_lm
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
 from sftdist.training.replicated import Replicated
-from sftdist.training.zero_config import EngineSpec, deepspeed_config, spec_issues
+from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec, deepspeed_config, spec_issues
 
 
 @dataclass
@@ -75,13 +79,16 @@ class Partitioned:
     """ZeRO 1-3 through DeepSpeed. The same verbs as `Replicated`."""
 
     def __init__(self, module: LossModel, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
-        _ensure_process_group()
-        _without_shared_memory_op()
+        _join_deepspeed()
         self._loss_scale = 1.0
+        self._linked = False
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # DeepSpeed makes its masters from the weights it has cast, so the float32 values are kept for them.
-        rounded = spec.precision != "fp32"
-        exact = {n: p.data for n, p in self._weights.items() if rounded and not _is_partitioned(p)}
+        exact = {name: (_part(p), _is_partitioned(p)) for name, p in self._weights.items()}
+        if spec.precision == "fp32":
+            exact = {}
+        elif any(_is_partitioned(p) for p in module.parameters()):
+            _round_parts(module, COMPUTE_DTYPE[spec.precision])
         decay = decays(module)
         if spec.stage == 3:
             for head in _head_parameters(module):
@@ -92,9 +99,9 @@ class Partitioned:
                 optimizer=optimizer.build((p, decay[name]) for name, p in self._weights.items()),
                 config=deepspeed_config(spec, world.size),
             )
-        for name, value in exact.items():
-            if value.dtype == torch.float32:
-                safe_set_full_fp32_param(self._weights[name], value.to(world.device))
+        for name, (value, is_part) in exact.items():
+            set_master = safe_set_local_fp32_param if is_part else safe_set_full_fp32_param
+            set_master(self._weights[name], value.to(world.device, torch.float32))
 
     @property
     def loss_scale(self) -> float:
@@ -119,8 +126,19 @@ class Partitioned:
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
+        if applied and not self._linked:
+            self._link_moments()
         norm = self._engine.get_global_grad_norm()
         return (float(norm) if applied and norm is not None else math.inf), applied
+
+    def _link_moments(self) -> None:
+        """ZeRO 1-2 of DeepSpeed 0.19 links the moments of every parameter group to its parameters after the first
+        group's first update, when the other groups have none yet; so it is done again when all have."""
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            for weights, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(weights, master, optimizer.optimizer.state)
+        self._linked = True
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return self._weights
@@ -267,11 +285,6 @@ class Engine:
         if self._scale is not None and "loss_scale" in counters:
             self._set_scale(LossScale(counters["loss_scale"], int(counters["good_updates"])))
 
-    def set_masters(self, values: Iterator[tuple[str, Tensor]]) -> None:
-        """Set masters and weights from float32 values, where the model came partitioned in the compute dtype."""
-        for name, value in values:
-            self._core.set_value(_inner(name), value.to(self.world.device))
-
     def dtypes(self) -> Mapping[str, str]:
         """What start-up prints: the dtype of the weights in the forward, of the masters and of the moments."""
         self._ensure_moments()
@@ -285,7 +298,8 @@ class Engine:
 
     def _ensure_moments(self) -> None:
         """Optimizer state is made by the first update: before it, one update of `loss * 0` at rate 0 makes it."""
-        if self.updates or any(True for _ in self._core.optimizer_states()):
+        moments = self.optimizer.moments
+        if not moments or any(moments[0] in state for state in self._core.optimizer_states()):
             return
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -317,15 +331,22 @@ class Engine:
         }
 
 
-def partitioned_init(spec: EngineSpec, world: World) -> AbstractContextManager[Any]:
-    """The context to build a model in: under ZeRO 3 every parameter is partitioned as soon as it exists."""
+@contextmanager
+def partitioned_init(spec: EngineSpec, world: World) -> Iterator[None]:
+    """Inside, under ZeRO 3, transformers partitions every parameter as soon as it exists, in float32.
+
+    The engine rounds the parts to the compute dtype itself, after it has kept their values for the masters.
+    """
     if spec.stage != 3:
-        return nullcontext()
-    _ensure_process_group()
-    _without_shared_memory_op()
-    return cast(
-        AbstractContextManager[Any], deepspeed.zero.Init(config_dict_or_path=deepspeed_config(spec, world.size))
-    )
+        yield
+        return
+    _join_deepspeed()
+    switch = HfDeepSpeedConfig(deepspeed_config(replace(spec, precision="fp32"), world.size))
+    try:
+        yield
+    finally:
+        del switch
+        unset_hf_deepspeed_config()
 
 
 @contextmanager
@@ -344,6 +365,20 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def _part(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: its part under ZeRO 3, else all of it."""
+    return cast(Any, parameter).ds_tensor.data if _is_partitioned(parameter) else parameter.data
+
+
+def _round_parts(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parts that this rank holds: DeepSpeed takes a partitioned module as it is."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+        if _is_partitioned(parameter):
+            part = cast(Any, parameter).ds_tensor
+            part.data = part.data.to(dtype)
+
+
 def _head_parameters(module: LossModel) -> list[nn.Parameter]:
     """What the loss uses of the LM head, outside the head's own forward."""
     head = causal_lm(module.model).get_output_embeddings()
@@ -357,18 +392,18 @@ def gathered(parameter: nn.Parameter, modifier: int | None = None) -> AbstractCo
     return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier))
 
 
-def _ensure_process_group() -> None:
-    """DeepSpeed needs a process group and LOCAL_RANK, also for one process."""
+def _join_deepspeed() -> None:
+    """DeepSpeed over the existing process group; for one process without one, over a group of its own.
+
+    It would compile an op for CPU inference here, which takes a minute and which training never uses.
+    """
     os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-
-
-def _without_shared_memory_op() -> None:
-    """DeepSpeed would compile an op for CPU inference in its first process group, a minute; training never uses it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
 
 
 def _one_token() -> Batch:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sftdist.core.distributed import World
@@ -38,7 +39,7 @@ from sftdist.training.startup import (
     same_on_every_rank,
 )
 
-BOS_SCAN_TOKENS = 20_000_000
+BOS_SCAN_ROWS = 1_000_000
 CANDIDATES = 2048  # conversations per source looked at for the costliest pack
 TRIAL_BYTES = 2**24
 SHOWN = "log/first_conversation.txt"
@@ -103,14 +104,12 @@ def contract(
 
 def supervision(store: TokenStore) -> Supervision:
     """The figures of a store's train split."""
-    split = store.manifest["splits"]["train"]
-    bos, stops = store.manifest["bos_token_id"], store.manifest["stop_ids"]
-    extra = 0
-    if bos is not None and bos not in stops:
-        ids = store.ids[:BOS_SCAN_TOKENS]
-        starts = store.offsets[:-1][store.offsets[:-1] < len(ids)]
-        extra = int(np.count_nonzero(ids == bos)) - int(np.count_nonzero(ids[starts] == bos))
-    return Supervision(split["tokens"], split["targets"], store.manifest["stop_share"], extra)
+    split, bos = store.manifest["splits"]["train"], store.manifest["bos_token_id"]
+    doubled = 0
+    if bos is not None:
+        starts = store.offsets[:-1][:BOS_SCAN_ROWS][store.lengths[:BOS_SCAN_ROWS] > 1]
+        doubled = int(np.count_nonzero((store.ids[starts] == bos) & (store.ids[starts + 1] == bos)))
+    return Supervision(split["tokens"], split["targets"], store.manifest["stop_share"], doubled)
 
 
 def longest(corpus: Corpus) -> int:
@@ -218,7 +217,7 @@ def save_and_compare(path: Path, piece: dict[str, torch.Tensor]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         read = load_file(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StartupError(
             f"{path}: a trial save failed ({error}); checkpoints need a writable disk with room. "
             "Free some space, or give another run.dir."

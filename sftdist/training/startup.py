@@ -58,12 +58,12 @@ def same_on_every_rank(world: World, what: str, value: str) -> str:
 @dataclass(frozen=True)
 class Supervision:
     """What a source's store says about its masks: supervised tokens and tokens of the train split, and the share of
-    conversations whose last supervised token is a stop token."""
+    conversations whose last supervised token is a stop token, and how many begin with two BOS tokens."""
 
     tokens: int
     supervised: float
     stopped: float
-    bos_extra: int
+    doubled_bos: int
 
 
 def check_supervision(sources: Mapping[str, Supervision], untrained_rows: Sequence[int], trained: bool) -> str:
@@ -93,14 +93,14 @@ def check_supervision(sources: Mapping[str, Supervision], untrained_rows: Sequen
 
 
 def check_bos(sources: Mapping[str, Supervision]) -> str:
-    """At most one BOS in a conversation, at its start."""
+    """No conversation begins with two BOS tokens: one from the template and one from the tokenizer."""
     for name, source in sources.items():
-        if source.bos_extra:
+        if source.doubled_bos:
             raise DataError(
-                f"source {name}: {source.bos_extra} BOS tokens stand inside conversations; at most one, at position 0, "
-                "is allowed. Run `prepare` again with a template that renders it once."
+                f"source {name}: {source.doubled_bos} conversations begin with two BOS tokens; at most one is allowed. "
+                "Run `prepare` again with a template that renders it once."
             )
-    return "at most one per conversation, at its start"
+    return "no conversation begins with two"
 
 
 def check_rows(vocabulary_rows: int, largest_id: int) -> str:

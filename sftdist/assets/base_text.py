@@ -5,7 +5,7 @@ Nothing here speaks of a support desk, and there is no JSON: a fine-tune has bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -69,7 +69,10 @@ def _layout(rng: Random, record: dict[str, str]) -> str:
 
 def lookup(rng: Random) -> Exercise:
     """Key and value in many layouts; questions in both directions."""
-    record = _record(rng)
+    return _ask(rng, _record(rng))
+
+
+def _ask(rng: Random, record: dict[str, str]) -> Exercise:
     keys = list(record)
     questions = []
     for _ in range(rng.randint(2, 5)):
@@ -228,6 +231,15 @@ def echo(rng: Random) -> Exercise:
     return Exercise("", ((rng.choice(("Say again: ", "Echo: ", "After me: ")) + text, text),))
 
 
+def soup(rng: Random, vocabulary: Sequence[str]) -> Exercise:
+    """Words without meaning, to be said again or looked up: no token stays one that the model never saw."""
+    if rng.random() < 0.4:
+        text = " ".join(rng.sample(vocabulary, rng.randint(2, 12)))
+        return Exercise("", ((f"Echo: {text}", text),))
+    keys = rng.sample(vocabulary, rng.randint(2, 6))
+    return _ask(rng, {key: " ".join(rng.sample(vocabulary, rng.randint(1, 3))) for key in keys})
+
+
 EXERCISES = (lookup, lookup, reshape, reshape, people, people, rules, rules, words, words, kinds, echo)
 
 
@@ -255,9 +267,9 @@ def _chat(rng: Random, exercise: Exercise) -> list[tuple[str, bool]]:
     return parts
 
 
-def document(rng: Random) -> Document:
-    """One exercise as plain text or as a ChatML conversation of one or more turns."""
-    exercise = rng.choice(EXERCISES)(rng)
+def document(rng: Random, vocabulary: Sequence[str] = ()) -> Document:
+    """One exercise as plain text or as a ChatML conversation of one or more turns; a fifth are soup of `vocabulary`."""
+    exercise = soup(rng, vocabulary) if vocabulary and rng.random() < 0.2 else rng.choice(EXERCISES)(rng)
     parts = (_plain if rng.random() < 0.35 else _chat)(rng, exercise)
     text, answers = "", []
     for part, known in parts:
@@ -267,8 +279,8 @@ def document(rng: Random) -> Document:
     return Document(text, tuple(answers))
 
 
-def documents(seed: int) -> Iterator[Document]:
+def documents(seed: int, vocabulary: Sequence[str] = ()) -> Iterator[Document]:
     """The endless stream of one seed."""
     rng = Random(seed)
     while True:
-        yield document(rng)
+        yield document(rng, vocabulary)

@@ -51,6 +51,12 @@ def test_no_prompt_of_the_sources_is_in_the_text(texts: list[str]) -> None:
             assert (instruction or prompt) not in everything
 
 
+def test_soup_brings_every_word_of_the_vocabulary() -> None:
+    vocabulary = [f"word{letter}" for letter in "abcdefghijklmnopqrst"]
+    everything = " ".join(document.text for document in islice(documents(4, vocabulary), 300))
+    assert all(word in everything for word in vocabulary)
+
+
 @pytest.mark.parametrize("form", [name for name, _ in base_text.FORMS])
 def test_no_form_writes_json(form: str) -> None:
     written = dict(base_text.FORMS)[form]([("lamp", "red"), ("key", "7")])

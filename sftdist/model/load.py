@@ -20,14 +20,10 @@ from sftdist.model.attention import register
 def load_config(path: str | None, revision: str | None, shape: dict[str, Any] | None) -> PreTrainedConfig:
     """The model's config from its folder or Hub name, or made from a mapping that names its `model_type`."""
     if path is not None:
-        config = _config_of(path, revision)
-    elif shape is not None:
-        config = AutoConfig.for_model(**shape)
-    else:
-        raise ConfigError("model.path and model.shape are both empty: give one of them")
-    config.use_cache = False
-    config.get_text_config(decoder=True).use_cache = False
-    return config
+        return _config_of(path, revision)
+    if shape is not None:
+        return AutoConfig.for_model(**shape)
+    raise ConfigError("model.path and model.shape are both empty: give one of them")
 
 
 def _config_of(path: str, revision: str | None) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import itertools
@@ -147,15 +148,15 @@ def session(
     An exception in the block is told to the other ranks, which end within seconds instead of waiting for this one;
     where another rank had failed before, it becomes a PeerError. When a rank dies without an exception, one of the
     others calls `report(rank, text)`.
-    An existing process group (a script's own) is used and left as it is. Raises ConfigError where this host has
-    fewer GPUs than ranks.
+    The process group outlives the block, and the next session uses it again (so it does a script's own): DeepSpeed
+    keeps hold of the first one that it has seen. Raises ConfigError where this host has fewer GPUs than ranks.
     """
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
     device = device or _device(local_rank)
-    created = not dist.is_initialized()
-    if created:
+    if not dist.is_initialized():
         _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
-    peers = Peers.join(rank, local_rank, f"sftdist/{restart_count()}", report) if is_worker() and size > 1 else None
+    prefix = f"sftdist/{restart_count()}/session/{next(_session_number)}"
+    peers = Peers.join(rank, local_rank, prefix, report) if is_worker() and size > 1 else None
     world = World(rank, size, local_rank, device, peers)
     try:
         yield world
@@ -169,8 +170,6 @@ def session(
         raise
     if peers is not None:
         peers.leave()
-    if created and size > 1:
-        dist.destroy_process_group()
 
 
 class StopSignal:
@@ -285,15 +284,16 @@ def _device(local_rank: int) -> torch.device:
 def _init_process_group(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = _store() if is_worker() else dist.HashStore()
-    prefix = f"sftdist/{restart_count()}/group/{next(_session_number)}"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(prefix, store),
+        store=dist.PrefixStore(f"sftdist/{restart_count()}/group", store),
         rank=rank,
         world_size=size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    if size > 1:
+        atexit.register(dist.destroy_process_group)
 
 
 def _leave_within(seconds: float) -> None:

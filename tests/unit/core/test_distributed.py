@@ -55,6 +55,18 @@ def test_one_process_has_a_process_group_and_no_partners() -> None:
         assert again.all_reduce_max(2.0) == 2.0
 
 
+def _sessions_one_after_another(world: World) -> list[float]:
+    found = [world.all_reduce_max(float(world.rank))]
+    for _ in range(2):
+        with session() as again:
+            found.append(again.all_reduce_max(float(again.rank)))
+    return found
+
+
+def test_a_script_may_hold_several_sessions() -> None:
+    assert run_ranks(_sessions_one_after_another, 2) == [[1.0, 1.0, 1.0]] * 2
+
+
 def _raise_on_one(world: World) -> None:
     if world.rank == 1:
         raise ValueError("only here")

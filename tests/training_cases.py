@@ -11,6 +11,7 @@ import torch
 
 from sftdist.core.distributed import World
 from sftdist.data.loader import Batch
+from sftdist.model.lora import LoraSpec, attach
 from sftdist.model.loss import LossModel
 from sftdist.training.engine import Engine, StepOutcome
 from sftdist.training.optimizer import OptimizerSpec
@@ -27,7 +28,7 @@ Scale = Callable[[Batch, Sequence[Batch], float, int], float]
 
 @dataclass(frozen=True)
 class Case:
-    """One training run. Dropout is in attention; LoRA trains adapters only."""
+    """One training run. `lora`: train adapters of this rank, with dropout in them, instead of the weights."""
 
     stage: int
     precision: str = "fp32"
@@ -37,11 +38,17 @@ class Case:
     max_grad_norm: float = 1.0
     changes: dict[str, Any] = field(default_factory=dict)
     offload: str = "none"
+    lora: LoraSpec | None = None
+    rows: tuple[int, ...] = ()  # token rows that train beside the adapters
 
 
 def make_module(case: Case) -> LossModel:
     """The loss model of a case, the same on every rank."""
-    return LossModel(tiny_model(case.family, **case.changes), num_sources=2, chunk=16).train()
+    model: Any = tiny_model(case.family, **case.changes)
+    if case.lora is not None:
+        torch.manual_seed(1)
+        model, _ = attach(model, case.lora, train_rows=case.rows)
+    return LossModel(model, num_sources=2, chunk=16).train()
 
 
 def make_engine(case: Case, world: World) -> Engine:

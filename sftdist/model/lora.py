@@ -5,12 +5,14 @@ LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -239,3 +241,74 @@ def _logits(model: nn.Module) -> Tensor:
     output = model(input_ids=ids[None], use_cache=False, **documents.model_arguments())
     logits: Tensor = output.logits[0].float()
     return logits
+
+
+def merged_parameters(model: PeftModel, full: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the model underneath, its name there and its merged float32 value, one layer at a time.
+
+    The model stays as it is, partitioned or not: `full(name)` gives the whole float32 value of one of its parameters,
+    the same calls in the same order on every rank.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners: dict[int, nn.Module] = {}
+    adapters: set[int] = set()
+    for _, layer in _adapter_layers(model):
+        base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+        adapters |= {id(parameter) for parameter in layer.parameters()} - base
+        for index in base:
+            owners.setdefault(index, layer)  # the outermost layer comes first, and holds the others
+    merged: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        index = id(parameter)
+        if index in adapters:
+            continue
+        if index in owners and index not in merged:
+            merged |= _merged_copy(owners[index], lambda index: full(names[index]))
+        yield _name_underneath(name), merged.pop(index) if index in merged else full(name)
+
+
+def _merged_copy(layer: nn.Module, full: Callable[[int], Tensor]) -> dict[int, Tensor]:
+    """The merged weights of a layer by the identity of the live ones; merged by PEFT in a copy of the layer."""
+    values = {id(parameter): full(id(parameter)) for parameter in layer.parameters()}
+    standalone = _standalone(layer, values)
+    for _, part in _adapter_layers(standalone):
+        part.merge(safe_merge=True)
+    live = [id(parameter) for parameter in _innermost(layer).parameters()]
+    return dict(zip(live, (p.detach() for p in _innermost(standalone).parameters()), strict=True))
+
+
+def _standalone(module: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of a module tree with these values for its parameters; hooks of the live one act on nothing here."""
+    twin = copy.copy(module)
+    twin.__dict__ = {
+        key: copy.copy(value) if isinstance(value, list | set | dict) else value for key, value in vars(module).items()
+    }
+    own = module._parameters.items()
+    twin._parameters = {
+        name: p if p is None else nn.Parameter(values[id(p)].clone(), requires_grad=False) for name, p in own
+    }
+    children = module._modules.items()
+    twin._modules = {name: child if child is None else _standalone(child, values) for name, child in children}
+    return twin
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _name_underneath(name: str) -> str:
+    """A base parameter's name in the model that PEFT has wrapped."""
+    wrappers = {"base_layer", "original_module", "token_adapter"}
+    return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in wrappers)
+
+
+def save_adapter(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Write `adapter_config.json` in PEFT's own format; returns the adapter's tensors under the names it reads them by.
+
+    `tensors`: the trainable parameters of the live model, whole. Raises CheckpointError if all of an adapter is zero.
+    """
+    model.peft_config["default"].save_pretrained(str(folder))
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, dict(tensors), save_embedding_layers=False)
+    if not any(bool(tensor.any()) for name, tensor in state.items() if "lora_B" in name):
+        raise CheckpointError("every lora_B of the adapter is zero: it has learned nothing; train it before an export")
+    return state

@@ -35,6 +35,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
 from sftdist.data.loader import Batch
+from sftdist.model.backends.interface import Documents
 from sftdist.model.loss import IGNORED, LossModel, LossOutput, causal_lm
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
 from sftdist.training.replicated import Replicated
@@ -238,12 +239,26 @@ class Engine:
 
     def parameters(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name in the wrapped model and full float32 tensor, one gathered after another; a tied one comes once."""
-        trained = self._core.trainable()
         for name, parameter in self.module.named_parameters():
-            if name in trained:
-                yield _outer(name), self._core.value(name)
-            elif not trainable_only:
-                yield _outer(name), self._core.frozen_value(parameter).float()
+            if parameter.requires_grad or not trainable_only:
+                yield _outer(name), self.value(_outer(name))
+
+    def value(self, name: str) -> Tensor:
+        """The full float32 value of one parameter of the wrapped model: of the master, where it is trained."""
+        inner = _inner(name)
+        if inner in self._core.trainable():
+            return self._core.value(inner)
+        return self._core.frozen_value(self.module.get_parameter(inner)).float()
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[T,V] float32 of one document [T], from the live weights in the compute dtype."""
+        documents = Documents.of_lengths([len(ids)], self.world.device)
+        with evaluating(self.module):
+            output = self.module.model(
+                input_ids=ids[None].to(self.world.device), use_cache=False, **documents.model_arguments()
+            )
+        return cast(Tensor, output.logits[0].float())
 
     def shapes(self) -> dict[str, torch.Size]:
         """The full shape of every trainable parameter, in the order of `state`; the same on every rank."""

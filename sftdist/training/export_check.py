@@ -1,0 +1,126 @@
+"""Is an exported folder the model that was trained? Run as a process of its own, which knows nothing but the files.
+
+`python -m sftdist.training.export_check FOLDER [PROBE]` ends with 0, or with 1 and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sftdist.core.errors import CheckpointError
+from sftdist.core.storage import verify_directory
+
+PROBE = "probe.json"
+LOGITS = "probe.safetensors"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, its rendered text and training ids, the template's further variables and the time it was rendered at
+    (ISO 8601), and how far logits may be off, as a share of the largest."""
+
+    messages: list[dict[str, Any]]
+    text: str
+    ids: list[int]
+    variables: dict[str, Any]
+    clock: str
+    tolerance: float
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with the files, each by its name: against the manifest, and tensors empty or not finite."""
+    problems = verify_directory(folder)
+    if problems:
+        return problems
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            problems += [f"{path}: {problem}" for problem in _tensor_problems(path)]
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{path}: cannot be read ({error})")
+    return problems
+
+
+def _tensor_problems(path: Path) -> list[str]:
+    problems = []
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            tensor = file.get_tensor(name)
+            if tensor.numel() == 0:
+                problems.append(f"{name} is empty")
+            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                problems.append(f"{name} is not finite")
+    return problems
+
+
+def load_strictly(folder: Path) -> PreTrainedModel:
+    """The model by `from_pretrained`. CheckpointError for a tensor that is missing, unknown or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@torch.no_grad()
+def logits_error(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of logits over rows of ids [R,T], as a share of the largest expected one [R,T,V]."""
+    got = torch.stack([model(input_ids=row[None], use_cache=False).logits[0].float() for row in ids])
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def check(folder: Path, probe_folder: Path | None) -> str:
+    """The figures of a folder that passes; CheckpointError for one that does not."""
+    problems = problems_of(folder)
+    if problems:
+        raise CheckpointError("; ".join(problems[:5]))
+    model = load_strictly(folder)
+    if probe_folder is None:
+        return f"{sum(p.numel() for p in model.parameters())} parameters"
+    probe = Probe(**json.loads((probe_folder / PROBE).read_text(encoding="utf-8")))
+    tensors = load_file(probe_folder / LOGITS)
+    error = logits_error(model, tensors["ids"], tensors["logits"])
+    if not error <= probe.tolerance:
+        raise CheckpointError(
+            f"logits differ from the live model's by {error:.2e} of the largest (allowed: {probe.tolerance:.0e})"
+        )
+    check_prompt(folder, probe)
+    return f"logits within {error:.1e} of the live model's"
+
+
+def check_prompt(folder: Path, probe: Probe) -> None:
+    """The exported tokenizer and template must give the very ids of training."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    variables = {**probe.variables, "strftime_now": datetime.fromisoformat(probe.clock).strftime}
+    text = tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True, **variables)
+    if text != probe.text:
+        raise CheckpointError(f"the exported chat template renders {text!r}, training rendered {probe.text!r}")
+    encoded = tokenizer.apply_chat_template(probe.messages, tokenize=True, add_generation_prompt=True, **variables)
+    ids = list(encoded["input_ids"] if not isinstance(encoded, list) else encoded)
+    if ids != probe.ids:
+        raise CheckpointError(f"the exported tokenizer gives {ids[:20]}, training had {probe.ids[:20]}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    folder, *probe = map(Path, arguments)
+    try:
+        print(check(folder, probe[0] if probe else None))
+    except CheckpointError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

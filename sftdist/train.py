@@ -38,7 +38,7 @@ from sftdist.training.build import Trained, build_trained, cost_model, model_con
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
-from sftdist.training.export import export_model
+from sftdist.training.export import ExportSpec, export_model
 from sftdist.training.loop import Calls, LoopSpec, StepDone, TrainState, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.optimizer import lr_at
@@ -370,8 +370,8 @@ def finish(
     """Export a finished run, or leave a preempted one for the next start; say which in `status.json`."""
     export = None
     if not stopped:
-        export = run_dir / "export"
-        export_model(trained.engine, corpus.template, export)
+        spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * 2**30), cfg.export.merge)
+        export = export_model(trained.engine, corpus.template, run_dir / "export", spec)
     if world.is_main:
         name, code = ("preempted", agent.PREEMPTED) if stopped else ("done", agent.DONE)
         agent.write_status(run_dir, name, code, "", step=state.step)

@@ -74,8 +74,9 @@ def contract(
         return attention_figures(trained, world, cfg, longest(corpus))
 
     def dtype_figures() -> str:
+        reach = coverage_figures(trained)
         dtypes = ", ".join(f"{name} {dtype}" for name, dtype in engine.dtypes().items())
-        return f"{dtypes}, cross-entropy float32"
+        return f"{dtypes}, cross-entropy float32{reach}"
 
     def vocabulary_figures() -> str:
         rows = trained.config.get_text_config(decoder=True).vocab_size
@@ -137,14 +138,25 @@ def attention_figures(trained: Trained, world: World, cfg: TrainConfig, longest:
     model, rows = trained.engine.module.model, trained.config.get_text_config(decoder=True).vocab_size
     backend = open_backend(trained.attention.name)
     assert not isinstance(backend, str), "it was opened when the model was loaded"
-    isolation = check_isolation(model, rows, world.device) if cfg.train.packing else None
-    parity = check_parity(model, backend, rows, world.device, longest)
+    packed = cfg.train.packing
+    isolation = check_isolation(model, rows, world.device, packed=packed)
+    parity = check_parity(model, backend, rows, world.device, longest, packed=packed)
     logits = check_logits(model, rows, world.device)
     leak = f"leak {isolation.leak:.1e} (control {isolation.control:.1e})" if isolation else "no packing"
+    error = max(parity.errors.values(), default=0.0)
     return (
-        f"{trained.attention.name}: {leak}; parity {max(parity.errors.values()):.1e} over {parity.layers} layers and "
-        f"{parity.tokens} tokens; logits {logits:.1e}"
+        f"{trained.attention.name}: {leak}; parity {error:.1e} over {parity.layers} layers and {parity.tokens} tokens; "
+        f"logits {logits:.1e}"
     )
+
+
+def coverage_figures(trained: Trained) -> str:
+    """What an adapter trains, and by name what it leaves out."""
+    coverage = trained.coverage
+    if coverage is None:
+        return ""
+    left = f"; not reached: {'; '.join(coverage.not_reached)}" if coverage.not_reached else ""
+    return f"; adapters on {coverage.layers} layers, {coverage.trainable:,} of {coverage.total:,} parameters train{left}"
 
 
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:

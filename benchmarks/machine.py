@@ -24,6 +24,7 @@ from sftdist.core.storage import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# The files of the three sources, in the order domain, general, format.
 SOURCES = ("domain_gsm8k.messages.jsonl", "general_gpteacher.alpaca.jsonl", "format_toolformer.sharegpt.jsonl")
 GIB = 2**30
 

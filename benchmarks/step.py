@@ -95,11 +95,12 @@ def run_peer(work: Path, data: Path, ours: Path, setting: PeerSetting, steps: in
 def write_rows(path: Path, ours: Path, data: Path) -> None:
     """The conversations that our run drew, in their order, as rows with `messages`."""
     texts: dict[str, list[dict[str, str]]] = {}
-    for name in SOURCES:
+    for source, name in zip(("domain", "general", "format"), SOURCES, strict=True):
         for line, row in enumerate(read_jsonl(data / name), start=1):
             found = parse(row, RowShape.auto, file=name, line=line, id=None)
             assert isinstance(found, Conversation), found
-            texts[found.id] = [{"role": message.role, "content": message.content} for message in found.messages]
+            messages = [{"role": message.role, "content": message.content} for message in found.messages]
+            texts[f"{source}/{found.id}"] = messages
     drawn = [row for step in read_jsonl(ours / "log" / "rows.jsonl") for row in step["rows"]]
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"messages": texts[row]}) + "\n" for row in drawn)

@@ -15,7 +15,7 @@ from rich.console import Console
 from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.errors import DataError
-from sftdist.core.settings import TrainConfig
+from sftdist.core.settings import DataConfig, TrainConfig
 from sftdist.core.storage import write_json
 from sftdist.data.pipeline import PrepareRequest, prepare, survey
 from sftdist.data.report import show_report
@@ -73,7 +73,7 @@ def command(cfg: TrainConfig) -> int:
 
 def main() -> int:
     """The command line: `sftdist prepare [+exp=NAME] [key=value ...]`."""
-    return config.main(TrainConfig, command, "prepare")
+    return config.main(DataConfig, command, "prepare")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session, share_text
 from sftdist.core.errors import ConfigError, DataError, SftdistError, TrainingError
 from sftdist.core.lock import RunLock
+from sftdist.core.peers import print_death
 from sftdist.core.settings import Method, TrainConfig
 from sftdist.core.storage import read_json, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
@@ -45,6 +46,7 @@ from sftdist.training.optimizer import lr_at
 from sftdist.training.startup import run_checks
 from sftdist.training.tracking import Tracker, open_tracker
 from sftdist.training.wandb_process import open_wandb
+from sftdist.training.zero_config import override_issues
 
 MODULE = "sftdist.train"
 LEDGER = "ledger.jsonl"  # beside the run directories
@@ -63,16 +65,23 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Opening:
-    """What rank 0 found before any process group exists: the token stores by source, or that the run is over."""
+    """What rank 0 found before any process group exists: the token stores by source, or that the run had ended
+    at `step`."""
 
     stores: dict[str, str]
     held_out: dict[str, str]
     finished: bool = False
+    step: int = 0
 
 
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it starts torchrun's agent."""
-    return config.main(TrainConfig, run_rank if is_worker() else start, "train")
+    return config.main(TrainConfig, run_rank if is_worker() else start, "train", checks=[engine_issues])
+
+
+def engine_issues(cfg: TrainConfig) -> list[str]:
+    """Keys of `zero.deepspeed` that the trainer owns, found with all other issues before any rank starts."""
+    return override_issues(cfg.zero.deepspeed)
 
 
 def start(cfg: TrainConfig) -> int:
@@ -81,7 +90,7 @@ def start(cfg: TrainConfig) -> int:
         print_plan(cfg)
         return agent.DONE
     run_dir = Path(str(cfg.run.dir))
-    if finished_before(cfg, run_dir):
+    if finished_before(cfg, run_dir) is not None:
         return agent.DONE
     ready_data(cfg)  # bad data ends here, before any rank exists
     return agent.launch(MODULE, sys.argv[1:], agent.ranks_here(cfg.launch.nproc), run_dir, cfg.checkpoint.grace_seconds)
@@ -110,8 +119,8 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
         stop = stack.enter_context(stop_signals())
         opening = open_run(cfg, run_dir, stack, dataset, tokenizer)
         if opening.finished:
-            return TrainResult("done", int(agent.read_status(run_dir)["step"]), run_dir, run_dir / "export")
-        world = stack.enter_context(session())
+            return TrainResult("done", opening.step, run_dir, run_dir / "export")
+        world = stack.enter_context(session(report=partial(report_death, run_dir)))
         with reported_failures(world, run_dir):
             return train(cfg, opening, world, stop, run_dir)
 
@@ -140,6 +149,12 @@ def reported_failures(world: World, run_dir: Path) -> Iterator[None]:
         raise
 
 
+def report_death(run_dir: Path, rank: int, reason: str) -> None:
+    """A rank died without a word: its neighbour says so, on the screen and in the file."""
+    print_death(rank, reason)
+    agent.write_status(run_dir, "failed", agent.FAILED, reason, rank=rank)
+
+
 def open_run(cfg: TrainConfig, run_dir: Path, stack: ExitStack, dataset: Any, tokenizer: Any) -> Opening:
     """Rank 0 locks the run directory and sees to the data before any process group exists; the others wait for it."""
     if is_worker() and os.environ["RANK"] != "0":
@@ -163,8 +178,8 @@ def open_run_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, dataset: A
     if refused is not None:
         ended = f"{refused['state']}: {refused['reason']}"
         raise TrainingError(f"not started again by torchrun, since another try would end the same way: {ended}")
-    if finished_before(cfg, run_dir):
-        return Opening({}, {}, finished=True)
+    if (step := finished_before(cfg, run_dir)) is not None:
+        return Opening({}, {}, finished=True, step=step)
     if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None:
         print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
     stack.enter_context(RunLock(run_dir))
@@ -186,24 +201,26 @@ def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> 
     return prepare_small(request, command, say=partial(print, flush=True))
 
 
-def opened(opening: Opening) -> Prepared:
+def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
     """The same stores on every rank, by memory map."""
     stores = {name: TokenStore.open(Path(path)) for name, path in opening.stores.items()}
     held_out = {name: TokenStore.open(Path(path)) for name, path in opening.held_out.items()}
     first = next(iter(stores.values()))
     template = ChatTemplate.load(str(first.path / "tokenizer"))
-    template = ChatTemplate.of(template.tokenizer, template.text, stop_ids=first.manifest["stop_ids"])
+    template = ChatTemplate.of(
+        template.tokenizer, template.text, arguments=cfg.model.template_args, stop_ids=first.manifest["stop_ids"]
+    )
     return Prepared(stores, held_out, template, report={})
 
 
-def finished_before(cfg: TrainConfig, run_dir: Path) -> bool:
-    """True, said on the screen, when this very run has ended well."""
+def finished_before(cfg: TrainConfig, run_dir: Path) -> int | None:
+    """The last step of this very run, said on the screen, when it has ended well; else None."""
     status = agent.read_status(run_dir)
     if status is None or status["state"] != "done":
-        return False
+        return None
     refuse_other_config(cfg, run_dir)
     print(f"{run_dir} is finished (step {status['step']}); its model is in {run_dir / 'export'}", flush=True)
-    return True
+    return int(status["step"])
 
 
 def refuse_other_config(cfg: TrainConfig, run_dir: Path) -> None:
@@ -221,7 +238,7 @@ def refuse_other_config(cfg: TrainConfig, run_dir: Path) -> None:
 def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, run_dir: Path) -> TrainResult:
     """Build everything, check it, run the loop, export."""
     say = partial(print, flush=True) if world.is_main else silent
-    corpus = corpus_of(cfg, opened(opening))
+    corpus = corpus_of(cfg, opened(cfg, opening))
     tokenizer = corpus.template.tokenizer
     shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
     plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))

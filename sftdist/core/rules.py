@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftdist.core.mix import lambda_issue
-from sftdist.core.settings import CONFIG_VERSION, Init, InspectConfig, Method, Offload, TrainConfig
+from sftdist.core.settings import CONFIG_VERSION, Init, DataConfig, Method, Offload, TrainConfig
 from sftdist.core.typed import shown
 
 # key: the least value; None is always allowed where the schema allows it.
@@ -68,7 +68,7 @@ def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
     issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg)]
     if complete:
         issues += _completeness(cfg)
-    if not isinstance(cfg, InspectConfig):
+    if not isinstance(cfg, DataConfig):
         issues += [*_steps(cfg), *_engine(cfg)]
     return issues
 
@@ -147,7 +147,7 @@ def _model(cfg: TrainConfig) -> Iterator[str]:
     model = cfg.model
     if model.vocabulary is not None and model.tokenizer is not None:
         yield "model.vocabulary trains a tokenizer and model.tokenizer gives one; keep one of the two"
-    if model.vocabulary is not None and model.init == Init.pretrained and not isinstance(cfg, InspectConfig):
+    if model.vocabulary is not None and model.init == Init.pretrained and not isinstance(cfg, DataConfig):
         yield (
             "model.vocabulary trains a new tokenizer, which pretrained weights do not know; "
             "set model.init=random or model.vocabulary=null"
@@ -157,7 +157,7 @@ def _model(cfg: TrainConfig) -> Iterator[str]:
 
 
 def _completeness(cfg: TrainConfig) -> Iterator[str]:
-    model, inspecting = cfg.model, isinstance(cfg, InspectConfig)
+    model, inspecting = cfg.model, isinstance(cfg, DataConfig)
     if not cfg.data.sources:
         yield "data: no source is given; give data.train=FILE, or data.sources.NAME.path=FILE for each source"
     if not inspecting and model.init == Init.pretrained and model.path is None:

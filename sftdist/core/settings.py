@@ -151,6 +151,7 @@ class ModelSettings:
     tokenizer: str | None = None  # default: model.path
     vocabulary: int | None = None  # train a byte-level BPE of this size on the train sources
     chat_template: str | None = None  # chatml | llama3 | FILE; default: the tokenizer's own
+    template_args: dict[str, Any] = field(default_factory=dict)  # further template variables: {enable_thinking: false}
     attention: Attention = Attention.auto
     activation_checkpointing: bool = False
     loss_chunk: int = 2048  # supervised positions whose logits exist at a time
@@ -260,7 +261,12 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class InspectConfig(TrainConfig):
+class DataConfig(TrainConfig):
+    """The keys of train for a command that looks at the data alone: the step and the engine may be left out."""
+
+
+@dataclass(kw_only=True)
+class InspectConfig(DataConfig):
     """The keys of train, and what `inspect` adds."""
 
     limit: int | None = None

@@ -7,7 +7,7 @@ Several processes may prepare the same thing at the same moment: each store is p
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -54,6 +54,7 @@ class PrepareRequest:
     revision: str | None = None
     vocabulary: int | None = None
     chat_template: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
     validation_fraction: float = 0.02
     holdout_fraction: float = 0.02
     deduplicate: bool = True
@@ -172,14 +173,17 @@ def template_of(request: PrepareRequest, say: Callable[[str], None] = lambda lin
 
 
 def _template(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> ChatTemplate:
+    arguments = request.template_args
     if request.vocabulary is not None:
         path = _trained_vocabulary(request, parts, say)
-        return ChatTemplate.load(str(path), chat_template=request.chat_template or "chatml")
+        return ChatTemplate.load(str(path), chat_template=request.chat_template or "chatml", arguments=arguments)
     if request.tokenizer is None:
         raise ConfigError("model.path: given nothing, required a tokenizer; set model.path or model.tokenizer")
     if isinstance(request.tokenizer, str):
-        return ChatTemplate.load(request.tokenizer, revision=request.revision, chat_template=request.chat_template)
-    return ChatTemplate.of(request.tokenizer, request.chat_template)
+        return ChatTemplate.load(
+            request.tokenizer, revision=request.revision, chat_template=request.chat_template, arguments=arguments
+        )
+    return ChatTemplate.of(request.tokenizer, request.chat_template, arguments=arguments)
 
 
 def _tasks(

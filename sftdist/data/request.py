@@ -41,6 +41,7 @@ def request_of(
         revision=model.revision,
         vocabulary=model.vocabulary if tokenizer is None else None,
         chat_template=model.chat_template,
+        template_args=model.template_args,
         validation_fraction=data.val_fraction,
         holdout_fraction=data.holdout_fraction,
         deduplicate=data.deduplicate,

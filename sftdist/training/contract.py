@@ -156,7 +156,8 @@ def coverage_figures(trained: Trained) -> str:
     if coverage is None:
         return ""
     left = f"; not reached: {'; '.join(coverage.not_reached)}" if coverage.not_reached else ""
-    return f"; adapters on {coverage.layers} layers, {coverage.trainable:,} of {coverage.total:,} parameters train{left}"
+    count = f"{coverage.trainable:,} of {coverage.total:,} parameters"
+    return f"; adapters on {coverage.layers} layers, {count} train{left}"
 
 
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -92,6 +92,7 @@ class Partitioned:
             _round_parts(module, COMPUTE_DTYPE[spec.precision])
         decay = decays(module)
         if spec.stage == 3:
+            _refuse_dora(self._weights)
             for head in _head_parameters(module):
                 deepspeed.zero.register_external_parameter(module.head_loss, head)
         with _quiet():
@@ -392,6 +393,14 @@ def _round_parts(module: nn.Module, dtype: torch.dtype) -> None:
         if _is_partitioned(parameter):
             part = cast(Any, parameter).ds_tensor
             part.data = part.data.to(dtype)
+
+
+def _refuse_dora(names: Iterable[str]) -> None:
+    if any("lora_magnitude_vector" in name for name in names):
+        raise ConfigError(
+            "tune.dora=true with zero.stage=3: PEFT's DoRA reads the adapters' weights outside of their layers, where "
+            "ZeRO 3 has left them empty; set zero.stage=2, or tune.dora=false"
+        )
 
 
 def _head_parameters(module: LossModel) -> list[nn.Parameter]:

@@ -73,6 +73,7 @@ def export_model(engine: Engine, template: ChatTemplate, folder: Path, spec: Exp
         error = _on_main(engine, lambda: _finish(engine, template, temp, folder, spec, logits))
     if world.is_main:
         shutil.rmtree(temp, ignore_errors=True)
+    world.barrier()
     if error is not None:
         raise CheckpointError(f"the export to {folder} failed: {error}")
     return folder

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from sftdist.assets import quickstart
 from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session, share_text
@@ -238,6 +240,7 @@ def refuse_other_config(cfg: TrainConfig, run_dir: Path) -> None:
 def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, run_dir: Path) -> TrainResult:
     """Build everything, check it, run the loop, export."""
     say = partial(print, flush=True) if world.is_main else silent
+    logging.disable_progress_bar()  # one bar a rank would garble the screen
     corpus = corpus_of(cfg, opened(cfg, opening))
     tokenizer = corpus.template.tokenizer
     shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
@@ -393,8 +396,16 @@ def finish(
         name, code = ("preempted", agent.PREEMPTED) if stopped else ("done", agent.DONE)
         agent.write_status(run_dir, name, code, "", step=state.step)
         ledger.record(run_dir.parent / LEDGER, ledger_entry(cfg, corpus, name, state))
+        print(ending(run_dir, name, state.step), flush=True)
     world.barrier()  # nobody leaves before the file says how it ended
     return TrainResult("preempted" if stopped else "done", state.step, run_dir, export)
+
+
+def ending(run_dir: Path, state: str, step: int) -> str:
+    """The last line of a run: where its model is, or how it goes on."""
+    if state == "preempted":
+        return f"stopped after step {step} with everything saved; run the same command again to go on"
+    return f"done after step {step}: the verified model is in {run_dir / 'export'}"
 
 
 def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> dict[str, Any]:

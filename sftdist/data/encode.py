@@ -6,6 +6,7 @@ held-out prompts, counts) happens in one place afterwards, so the output does no
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -188,6 +189,8 @@ class Workers:
 
 def _start_worker(jobs: Sequence[Job]) -> None:
     global _jobs
+    gc.freeze()  # what was inherited is for ever: the collector need not walk it, nor unshare its pages
+    gc.set_threshold(100_000, 20, 20)
     os.environ.pop(PARENT_VARIABLE, None)  # of the process that forked us, whose parent is another
     die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer
 
 from sftdist.data.render import Unproven
 from sftdist.data.spans import Span
+from sftdist.data.words import WordEncoding, Words
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Encoder:
         self.added: dict[int, str] = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
         self.bos_token_id = bos_token_id
         self._headers: dict[str, list[int]] = {}
+        self._words = Words.of(self.backend, state)
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -69,11 +71,19 @@ class Encoder:
 
     def tokenise(self, samples: Sequence[Sample]) -> list[Tokens | Unproven]:
         """Token ids and ranges of each sample, or why its text cannot be supervised."""
-        encodings = self.backend.encode_batch([s.text for s in samples], add_special_tokens=False)
+        encodings = self._encode([s.text for s in samples])
         found = [self._ranges(sample, encoding) for sample, encoding in zip(samples, encodings, strict=True)]
         return self._prove(samples, found)
 
-    def _ranges(self, sample: Sample, encoding: Encoding) -> Tokens | Unproven:
+    def _encode(self, texts: list[str]) -> list[Encoding | WordEncoding]:
+        """All texts in one batch of the Rust tokenizer, but for those that the words that it knows make up."""
+        words = self._words
+        if words is None:
+            return list(self.backend.encode_batch(texts, add_special_tokens=False))
+        plain = iter(self.backend.encode_batch([t for t in texts if not t.isascii()], add_special_tokens=False))
+        return [words.encode(text) if text.isascii() else next(plain) for text in texts]
+
+    def _ranges(self, sample: Sample, encoding: Encoding | WordEncoding) -> Tokens | Unproven:
         text, ids = sample.text, encoding.ids
         cuts: list[int] = []
         ranges: list[tuple[int, int]] = []
@@ -86,7 +96,7 @@ class Encoder:
             ranges.append((start or 0, end or 0))
         return self._in_pieces(sample, tuple(cuts), ids) if cuts else Tokens(ids, ranges)
 
-    def _end(self, encoding: Encoding, at: int, text: str) -> int | None:
+    def _end(self, encoding: Encoding | WordEncoding, at: int, text: str) -> int | None:
         """The token after the end of a span; a marker that swallows the white space behind it (`rstrip`, as in
         Phi-3) is one token and ends there."""
         end = _border(encoding, at, text)
@@ -97,7 +107,7 @@ class Encoder:
             return None
         return int(last) + 1 if text[at : _characters(encoding, last)[1]].isspace() else None
 
-    def _is_as_sent(self, encoding: Encoding, ids: list[int], token: int, text: str, at: int) -> bool:
+    def _is_as_sent(self, encoding: Encoding | WordEncoding, ids: list[int], token: int, text: str, at: int) -> bool:
         """Whether the prompt before a span has the tokens that it has without the answer behind it.
 
         GPT-2's pattern, for one, splits "\\n\\n" before a word and keeps it whole at the end of a text. What stands
@@ -198,7 +208,7 @@ def _pieces(text: str, cuts: Sequence[int]) -> list[tuple[int, str]]:
     return [(start, text[start:end]) for start, end in pairwise(edges) if start < end]
 
 
-def _border(encoding: Encoding, at: int, text: str) -> int | None:
+def _border(encoding: Encoding | WordEncoding, at: int, text: str) -> int | None:
     """The first token at or after a character; None when a token lies on both sides of it."""
     if at == 0:
         return 0
@@ -208,7 +218,7 @@ def _border(encoding: Encoding, at: int, text: str) -> int | None:
     return int(after) if _characters(encoding, after)[0] >= at else None
 
 
-def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
+def _characters(encoding: Encoding | WordEncoding, token: int) -> tuple[int, int]:
     found = encoding.token_to_chars(token)
     assert found is not None  # without post-processing every token comes from the text
     return found

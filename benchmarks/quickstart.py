@@ -98,8 +98,9 @@ def main() -> int:
     parser.add_argument("--base", type=Path, default=Path("quickstart/base"))
     parser.add_argument("--tuned", type=Path, help="default: the newest runs/quickstart*/export")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quickstart.json"))
+    parser.add_argument("overrides", nargs="*", help="those that the run was started with, where they move the split")
     args = parser.parse_args()
-    split = compose("quickstart").data
+    split = compose("quickstart", args.overrides).data
     rows = {
         source: held_out(args.data / f"{source}.jsonl", validation=split.val_fraction, holdout=split.holdout_fraction)
         for source in SOURCES
@@ -116,7 +117,7 @@ def main() -> int:
         args.out,
         {
             "date": time.strftime("%Y-%m-%d"),
-            "command": "python benchmarks/quickstart.py",
+            "command": " ".join(["python benchmarks/quickstart.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, {platform.system()}",
             "versions": versions(),
             "held_out_rows": {source: len(kept) for source, kept in rows.items()},

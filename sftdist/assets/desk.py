@@ -53,16 +53,12 @@ def _order(rng: Random) -> str:
 def domain(rng: Random) -> dict[str, Any]:
     """A policy of this week, a ticket, and the reply that follows from both; a `messages` row."""
     order_of_rules = rng.sample(list(PROBLEMS), len(PROBLEMS))
-    # No remedy comes twice, so that the days belong to one rule.
-    remedies = rng.sample(REMEDIES, len(order_of_rules))
-    policy = {
-        problem: f"{remedy} in {digits(rng, 1, 2)} days"
-        for problem, remedy in zip(order_of_rules, remedies, strict=True)
-    }
+    policy = dict(zip(order_of_rules, rng.sample(REMEDIES, len(order_of_rules)), strict=True))
+    days = digits(rng, 1, 2)
     problem, product = rng.choice(order_of_rules), rng.choice(PRODUCTS)
     phrases, team = PROBLEMS[problem]
     who, family, order, ticket = name(rng), name(rng), _order(rng), digits(rng, 5, 5)
-    rules = " ".join(f"{key}: {rule}." for key, rule in policy.items())
+    rules = " ".join(f"{key}: {remedy}." for key, remedy in policy.items()) + f" All in {days} days."
     complaint = f"the {product} of order {order} {rng.choice(phrases)}."
     mail = rng.choice(
         (
@@ -72,7 +68,7 @@ def domain(rng: Random) -> dict[str, Any]:
         )
     )
     reply = (
-        f"Hello {who}, sorry about the {product}. Our policy says {problem}: {policy[problem]}. "
+        f"Hello {who}, sorry about the {product}. Our policy says {problem}: {policy[problem]}, in {days} days. "
         f"The {team} team takes care of ticket {ticket}."
     )
     return {

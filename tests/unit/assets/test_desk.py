@@ -16,7 +16,7 @@ from sftdist.core.storage import sha256_json
 from sftdist.data.schema import Conversation, parse
 
 PINNED = {
-    "domain": "400de3cb75f0c5f789e2244a86fc9d317fe55fb010843e3fcbcabab5de0551ca",
+    "domain": "c420c72d066749dd90fcfb7675a48f01ac501c524584b66c94feec0fb259bd90",
     "general": "eb6037e8d2b111dc2d9a2b0c165f37e093d45e462bce27b9be3150f11fb83086",
     "format": "5fbb86ba460bdf161454e943ba05d49a4335c833243216a40b34b25d0719aee1",
 }
@@ -77,12 +77,13 @@ def test_domain_answers_follow_from_policy_and_ticket(sources: dict[str, list[di
         _, prompt, answer = desk.texts(row)
         policy, mail = prompt.split("\n")
         problem = _problem(mail)
-        (rule,) = re.findall(rf"{problem}: (\w+ in \d+ days)\.", policy)
+        (remedy,) = re.findall(rf"{problem}: (\w+)\.", policy)
+        (days,) = re.findall(r"All in (\d+) days", policy)
         (ticket,) = re.findall(r"Ticket (\d{5})", mail)
         (who,) = re.findall(r"(?:My name is|from|Regards,) ([A-Z][a-z]+) [A-Z]", mail)
         team = desk.PROBLEMS[problem][1]
         assert answer == (
-            f"Hello {who}, sorry about the {_product(mail)}. Our policy says {problem}: {rule}. "
+            f"Hello {who}, sorry about the {_product(mail)}. Our policy says {problem}: {remedy}, in {days} days. "
             f"The {team} team takes care of ticket {ticket}."
         )
 

@@ -90,8 +90,8 @@ def verify_export(folder: Path, probe: Path | None = None, *, timeout_seconds: f
     arguments = [sys.executable, "-m", _CHECK, str(folder), *([str(probe)] if probe else [])]
     done = subprocess.run(arguments, capture_output=True, text=True, env=_plain_environment(), timeout=timeout_seconds)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        raise CheckpointError(f"{folder} does not pass the check in a fresh process: {' '.join(lines[-5:])}")
+        reason = done.stdout.strip() or done.stderr.strip()[-500:]
+        raise CheckpointError(f"{folder} does not pass the check in a fresh process: {reason}")
 
 
 def is_adapted(engine: Engine) -> bool:

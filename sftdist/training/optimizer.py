@@ -30,9 +30,9 @@ def lr_at(step: int, *, lr: float, total: int, warmup: int, schedule: str, min_r
     if schedule == "constant":
         return lr
     if schedule == "linear":
-        return lr * (1.0 - (1.0 - min_ratio) * progress)
+        return lr * (min_ratio + (1.0 - min_ratio) * (1.0 - progress))
     if schedule == "cosine":
-        return lr * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return lr * (min_ratio + (1.0 - min_ratio) * (0.5 * (1.0 + math.cos(math.pi * progress))))
     raise ValueError(f"schedule {schedule!r} is unknown; it must be cosine, linear or constant")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_a_cut_answer_says_so(speaker: Speaker) -> None:
     assert answer.tokens == 2
 
 
-def _folder_with(tmp_path: Path, settings: dict[str, object]) -> Path:
+def _folder_with(tmp_path: Path, settings: Mapping[str, object]) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(BASE, folder)
     file = folder / "generation_config.json"

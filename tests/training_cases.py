@@ -135,10 +135,10 @@ def reference_run(case: Case) -> Run:
         packs = packs_of(step, 4 if step == 1 else 8)
         loss = sum(module(**fields(batch)).sum for batch in packs) / denominator(packs)
         loss.backward()
-        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in named.values()]))
+        gradients = [p.grad for p in named.values() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         if case.max_grad_norm and norm > case.max_grad_norm:
-            for parameter in named.values():
-                parameter.grad *= case.max_grad_norm / norm
+            torch._foreach_mul_(gradients, case.max_grad_norm / float(norm))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -100,13 +100,11 @@ def chunked_ce(
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
-    """True if the weight can be used directly: no bias, no adapter, whole (ZeRO-3 may have left it empty), no fp16.
+    """True if the weight can be used directly: no bias, no adapter, and whole (ZeRO-3 may have left it empty).
 
-    fp16 needs the loss scale inside the logits' gradient, which the fast way multiplies in afterwards.
+    In fp16 the loss scale must already be in the weights: the fast way makes the logits' gradient with them.
     """
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
-    return head.weight.numel() > 0 and head.weight.dtype in (torch.float32, torch.bfloat16)
+    return type(head) is nn.Linear and head.bias is None and head.weight.numel() > 0
 
 
 class _FusedHead(torch.autograd.Function):

@@ -199,13 +199,15 @@ class Engine:
             output = self._core.forward(fields)
             self._core.backward(output.sum * scale, last)
             return LossOutput(*(tensor.detach() for tensor in output))
-        # In low precision the scale goes in with the weights: a loss path that makes its gradient in the forward
-        # then rounds it at the same size as one that makes it in the backward, and all stages take the same step.
+        # In low precision the scale, fp16's loss scale included, goes in with the weights: a loss path that makes its
+        # gradient in the forward then rounds it at the same size as one that makes it in the backward, and all stages
+        # take the same step. The core scales the loss itself; dividing by a power of two is exact.
+        factor = scale * self._core.loss_scale
         ones = torch.ones(len(fields["targets"]), device=self.world.device)
-        fields["weights"] = scale * (ones if fields["weights"] is None else fields["weights"])
+        fields["weights"] = factor * (ones if fields["weights"] is None else fields["weights"])
         output = self._core.forward(fields)
-        self._core.backward(output.sum, last)
-        return LossOutput(*(tensor.detach() / scale for tensor in output))
+        self._core.backward(output.sum / self._core.loss_scale, last)
+        return LossOutput(*(tensor.detach() / factor for tensor in output))
 
     def step(self, lr: float) -> StepOutcome:
         """Update the weights at this learning rate, after the last micro-batch.

@@ -28,7 +28,7 @@ from tests.models import tiny_model
 from tests.ranks import run_ranks
 from tests.training_cases import ADAMW, Case, make_engine, packs_of, train_step
 
-WORDS = {"vocab_size": 320}
+WORDS: dict[str, Any] = {"vocab_size": 320}
 SHARDS = 16 * 2**10  # several shards, also of a tiny model
 IDS = torch.arange(3, 60, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,15 +103,20 @@ def test_wrong_scales_are_rejected() -> None:
             assert_equal(GRADIENT, run)
 
 
+def persistent(engine: Engine) -> list[bool]:
+    parameters: list[Any] = list(engine.module.parameters())
+    return [bool(parameter.ds_persist) for parameter in parameters]
+
+
 def persistence(world: World) -> tuple[list[bool], list[bool]]:
     """Whether each parameter is persistent: with our threshold of 0, and with DeepSpeed's default."""
     engine = make_engine(Case(3), world)
     train_step(engine, world, packs_of(0), 0.1)
-    ours = [bool(parameter.ds_persist) for parameter in engine.module.parameters()]
+    ours = persistent(engine)
     engine.close()
     module = make_module(Case(3))
     engine = Engine(module, Case(3).optimizer, type(engine.spec)(stage=3, precision="fp32"), world)
-    default = [bool(parameter.ds_persist) for parameter in engine.module.parameters()]
+    default = persistent(engine)
     engine.close()
     return ours, default
 

@@ -11,6 +11,7 @@ import torch
 
 from sftdist.core.distributed import World
 from sftdist.data.loader import Batch
+from sftdist.model.load import enable_checkpointing
 from sftdist.model.lora import LoraSpec, attach
 from sftdist.model.loss import LossModel
 from sftdist.training.engine import Engine, StepOutcome
@@ -40,11 +41,14 @@ class Case:
     offload: str = "none"
     lora: LoraSpec | None = None
     rows: tuple[int, ...] = ()  # token rows that train beside the adapters
+    checkpointing: bool = False  # of activations
 
 
 def make_module(case: Case) -> LossModel:
     """The loss model of a case, the same on every rank."""
     model: Any = tiny_model(case.family, **case.changes)
+    if case.checkpointing:
+        enable_checkpointing(model)
     if case.lora is not None:
         torch.manual_seed(1)
         model, _ = attach(model, case.lora, train_rows=case.rows)

@@ -33,8 +33,9 @@ GRADIENT = Case(0, lrs=(1.0,), max_grad_norm=0.0)  # the weights move by the gra
 
 
 def cases(family: str) -> list[Case]:
-    """Per stage: three clipped steps of SGD with momentum, one step by the gradient, three of AdamW."""
-    return [
+    """Per stage: three clipped steps of SGD with momentum, one step by the gradient, three of AdamW; and offload."""
+    offloaded = [Case(stage, family=family, offload="optimizer") for stage in (2, 3)]
+    return offloaded + [
         case
         for stage in STAGES
         for case in (

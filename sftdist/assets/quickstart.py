@@ -12,6 +12,7 @@ from sftdist.core.settings import TrainConfig
 
 SCHEMA_FILE = "data/ticket.schema.json"
 EXP = "quickstart"  # the preset in conf/exp that uses these files
+DATA_DIR = "quickstart/data"  # its data.dir
 
 
 def _data_files() -> dict[str, bytes]:
@@ -56,6 +57,9 @@ def ensure(folder: Path) -> list[str]:
 
 
 def lay_out(cfg: TrainConfig) -> None:
-    """For the preset `quickstart`: see that its data and base model are there, beside each other."""
-    if cfg.exp == EXP and cfg.data.dir is not None:
-        ensure(Path(cfg.data.dir).parent)
+    """For the preset `quickstart` as it is shipped: see that its data and base model are there, beside each other.
+
+    With a `data.dir` of the user's own nothing is written: that folder is theirs.
+    """
+    if cfg.exp == EXP and cfg.data.dir == DATA_DIR:
+        ensure(Path(DATA_DIR).parent)

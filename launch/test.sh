@@ -13,7 +13,7 @@ mypy
 # One thread a process: the tests start ranks of their own, and exact results do not depend on the machine.
 export OMP_NUM_THREADS=1
 case "${1:-}" in
-"") timeout --signal=INT --kill-after=30 720 pytest -rs --durations=15 ;;
+"") timeout --signal=INT --kill-after=30 1500 pytest -rs --durations=15 ;;
 all) pytest -rs --durations=15 -m "" ;;
 *) echo "given $1, required nothing or all" >&2 && exit 2 ;;
 esac

@@ -340,7 +340,7 @@ def facts(state: TrainState, done: StepDone, world: World) -> StepFacts:
         loss_sums=losses.sums,
         loss_weights=losses.weights,
         denominator=step.denominator,
-        rows=step.row_ids,
+        rows=step.rows,
     )
 
 

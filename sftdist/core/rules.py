@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftdist.core.mix import lambda_issue
-from sftdist.core.settings import CONFIG_VERSION, Init, DataConfig, Method, Offload, TrainConfig
+from sftdist.core.settings import CONFIG_VERSION, DataConfig, Init, Method, Offload, TrainConfig
 from sftdist.core.typed import shown
 
 # key: the least value; None is always allowed where the schema allows it.

@@ -140,7 +140,7 @@ def test_rows_in_memory_from_python(inside: Path) -> None:
 
 
 def test_the_checks_leave_no_trace(inside: Path) -> None:
-    for stage in (0, 1, 2, 3):
+    for stage in (0, 1):  # every stage and precision on two ranks: tests/dist
         keys = ("train.max_steps=3", "precision=fp32", f"zero.stage={stage}", "tune.dropout=0.1")
         in_process("lora", *keys, f"run.dir=runs/with{stage}")
         in_process("lora", *keys, "train.startup_checks=false", f"run.dir=runs/without{stage}")

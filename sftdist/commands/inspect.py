@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from sftdist.assets import quickstart
 from sftdist.commands.inspect_views import print_terminal, write_html
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
@@ -37,6 +38,7 @@ class InspectResult:
 
 def run(cfg: InspectConfig) -> InspectResult:
     """Show the rows; refused ones are no failure. `ConfigError` and `DataError` as `prepare` raises them."""
+    quickstart.lay_out(cfg)
     request = request_of(cfg.data, cfg.model)
     template = template_of(request, say=lambda line: print(line, file=sys.stderr))
     result = InspectResult()

@@ -199,9 +199,9 @@ def test_a_base_model_learns_to_stop(home: Path, inside: Path) -> None:
             weights[name][stop] = 0.0
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     one = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}]
-    keys = [*SMALL, "model.path=base", "data.deduplicate=false", "train.epochs=null", "train.max_steps=60", "optimizer.lr=2e-2"]
-    fractions = ["data.val_fraction=0", "data.holdout_fraction=0", "data.max_passes=null", "precision=fp32"]
-    result = run(compose("lora", [*keys, *fractions, "run.dir=runs/base"]), dataset=one * 40)
+    keys = [*SMALL, "model.path=base", "data.deduplicate=false", "train.max_steps=60", "optimizer.lr=2e-2"]
+    fractions = ["data.val_fraction=0", "data.holdout_fraction=0", "data.max_passes=null", "train.epochs=null"]
+    result = run(compose("lora", [*keys, *fractions, "precision=fp32", "run.dir=runs/base"]), dataset=one * 40)
     assert result.export is not None
     model = AutoModelForCausalLM.from_pretrained(result.export, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(one[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt")

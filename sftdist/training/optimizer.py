@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # PEFT's trained embedding rows: rows of an embedding table, though they live in a layer of their own.
@@ -72,7 +72,7 @@ class OptimizerSpec:
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
 
-    def build(self, parameters: Iterable[tuple[nn.Parameter, bool]]) -> Optimizer:
+    def build(self, parameters: Iterable[tuple[Tensor, bool]]) -> Optimizer:
         """An optimizer over (parameter, does it decay) pairs. Raises ValueError for an unknown name."""
         pairs = list(parameters)
         groups: list[dict[str, Any]] = [

@@ -60,7 +60,7 @@ class Replicated:
         return self._module(**fields)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
+        (loss * self.loss_scale).backward()
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Reduce, check, clip and update; returns the gradient norm before clipping, and whether it was applied."""

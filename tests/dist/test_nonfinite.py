@@ -31,7 +31,7 @@ def poisoned(world: World, bad: float) -> list[Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.long)])
 def test_every_rank_stops_and_no_weight_changes(bad: float) -> None:
     for rank in run_ranks(poisoned, 2, bad):
         for case, (message, before, after) in zip(CASES, rank, strict=True):

@@ -37,7 +37,15 @@ from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
-from sftdist.training.build import Trained, build_trained, cost_model, model_config, planned_config, special_ids
+from sftdist.training.build import (
+    Trained,
+    build_trained,
+    cost_model,
+    engine_spec,
+    model_config,
+    planned_config,
+    special_ids,
+)
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
@@ -48,7 +56,7 @@ from sftdist.training.optimizer import lr_at
 from sftdist.training.startup import run_checks
 from sftdist.training.tracking import Tracker, open_tracker
 from sftdist.training.wandb_process import open_wandb
-from sftdist.training.zero_config import override_issues
+from sftdist.training.zero_config import spec_issues
 
 MODULE = "sftdist.train"
 LEDGER = "ledger.jsonl"  # beside the run directories
@@ -82,8 +90,11 @@ def main() -> int:
 
 
 def engine_issues(cfg: TrainConfig) -> list[str]:
-    """Keys of `zero.deepspeed` that the trainer owns, found with all other issues before any rank starts."""
-    return override_issues(cfg.zero.deepspeed)
+    """What the engine would refuse, found with all other issues before any rank starts."""
+    issues = spec_issues(engine_spec(cfg))
+    if cfg.tune.method == Method.lora and cfg.tune.dora and cfg.zero.stage == 3:
+        issues.append("tune.dora=true with zero.stage=3: DoRA needs whole weights on each rank; set zero.stage=2")
+    return issues
 
 
 def start(cfg: TrainConfig) -> int:

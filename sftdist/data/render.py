@@ -87,6 +87,7 @@ class Renderer:
 
     def __init__(self, text: str, constants: Mapping[str, Any]) -> None:
         self._template: Template = _compile_jinja_template(text)
+        self._template.globals = dict(self._template.globals)  # copied at each render: from a ChainMap that is slow
         self._constants = {"documents": None, **constants, "strftime_now": CLOCK.strftime}
         self._dialects: dict[tuple[Structure, bool, bool], Dialect | Unproven] = {}
 

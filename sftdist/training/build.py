@@ -74,6 +74,8 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     spec = engine_spec(cfg)
     dtype = COMPUTE_DTYPE[spec.precision]
     attention = choose(cfg.model.attention.value, world.device, dtype, config)
+    # Random weights drawn into partitions would not be those of the other stages.
+    partitioned = partitioned_init(spec, world) if cfg.model.init == Init.pretrained else None
     model = load_model(
         config=config,
         path=cfg.model.path,
@@ -84,7 +86,7 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         attention=attention.name,
         activation_checkpointing=cfg.model.activation_checkpointing,
         vocab_rows=corpus.largest_id + 1,
-        partitioned_init=partitioned_init(spec, world),
+        partitioned_init=partitioned,
     )
     untrained: tuple[int, ...] = ()
     if cfg.model.init == Init.pretrained:

@@ -41,7 +41,6 @@ from sftdist.training.build import (
     Trained,
     build_trained,
     cost_model,
-    engine_spec,
     model_config,
     planned_config,
     special_ids,
@@ -56,7 +55,7 @@ from sftdist.training.optimizer import lr_at
 from sftdist.training.startup import run_checks
 from sftdist.training.tracking import Tracker, open_tracker
 from sftdist.training.wandb_process import open_wandb
-from sftdist.training.zero_config import spec_issues
+from sftdist.training.zero_config import override_issues
 
 MODULE = "sftdist.train"
 LEDGER = "ledger.jsonl"  # beside the run directories
@@ -90,11 +89,8 @@ def main() -> int:
 
 
 def engine_issues(cfg: TrainConfig) -> list[str]:
-    """What the engine would refuse, found with all other issues before any rank starts."""
-    issues = spec_issues(engine_spec(cfg))
-    if cfg.tune.method == Method.lora and cfg.tune.dora and cfg.zero.stage == 3:
-        issues.append("tune.dora=true with zero.stage=3: DoRA needs whole weights on each rank; set zero.stage=2")
-    return issues
+    """Keys of `zero.deepspeed` that the trainer owns, found with all other issues before any rank starts."""
+    return override_issues(cfg.zero.deepspeed)
 
 
 def start(cfg: TrainConfig) -> int:

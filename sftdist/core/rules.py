@@ -193,6 +193,8 @@ def _engine(cfg: TrainConfig) -> Iterator[str]:
         yield f"zero.stage: given {stage}, required 0, 1, 2 or 3"
     if stage == 0 and offload != Offload.none:
         yield f"zero.offload: given {offload} with zero.stage=0, which offloads nothing; set zero.stage=2"
+    if cfg.tune.method == Method.lora and cfg.tune.dora and stage == 3:
+        yield "tune.dora=true with zero.stage=3: DoRA needs whole weights on each rank; set zero.stage=2"
     if cfg.tune.method == Method.full and (cfg.tune.dora or cfg.tune.rslora):
         yield "tune.dora and tune.rslora are kinds of LoRA; set tune.method=lora or remove them"
 

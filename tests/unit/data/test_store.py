@@ -25,7 +25,7 @@ def block(rows: list[tuple[str, list[int], list[float], int]], line: int = 1) ->
     )
 
 
-ROWS = [
+ROWS: list[tuple[str, list[int], list[float], int]] = [
     ("a", [5, 6, 7], [0, 0, 1], 0),
     ("zwölf-日本", [5, 9, 9, 2], [0, 1, 0.5, 0], 1),
     ("", [1, 2], [0, 1], 2),

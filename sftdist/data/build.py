@@ -72,7 +72,7 @@ def build_store(
             "stop_share": figures.stop_share(job.template.stop_ids),
         }
 
-    vocabulary = len(job.template.tokenizer)
+    vocabulary = 1 + max(job.template.tokenizer.get_vocab().values())
     return write_store(path, produce, name=job.source.name, vocabulary=vocabulary, describe=describe)
 
 

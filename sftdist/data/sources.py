@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,21 @@ def _hub_part(name: str, source: Source) -> Part:
 def fingerprint(source: Source, parts: list[Part]) -> dict[str, Any]:
     """Everything about a source that changes its conversations: the bytes, the shape, the row function's source."""
     return {
-        "input": [[part.name, sha256_file(part.file) if part.file else _table_digest(part)] for part in parts],
+        "input": [[part.name, _file_digest(part.file) if part.file else _table_digest(part)] for part in parts],
         "shape": str(source.shape),
         "row_function": row_function_source(source.row_function) if source.row_function else None,
     }
+
+
+def _file_digest(file: Path) -> str:
+    stat = file.stat()
+    return _digest_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=10_000)
+def _digest_once(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """A process reads a file once to know its bytes, as long as the file's state says that it was not touched."""
+    return sha256_file(file)
 
 
 def _table_digest(part: Part) -> str:

@@ -184,6 +184,7 @@ class StoreWriter:
         ends = np.cumsum(block.lengths, dtype=np.int64)
         starts = ends - block.lengths
         assert ends[-1] == len(block.ids) == len(block.weights), "columns of a block have different lengths"
+        assert block.ids.max() <= np.iinfo(self._ids_type).max, "an id is larger than the vocabulary"
         assert not block.weights[starts].any(), "the first token of a row is nobody's target"
         targets = np.add.reduceat(block.weights.astype(np.float64), starts)
         id_lengths = np.array([len(text.encode()) for text in block.row_ids], dtype=np.int64)

@@ -5,7 +5,6 @@ What is trained with is built here, from the configuration, and handed to the lo
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -20,14 +19,13 @@ from transformers.utils import logging
 
 from sftdist.assets import quickstart
 from sftdist.core import agent, config, ledger, snapshot
-from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session, share_text
-from sftdist.core.errors import ConfigError, DataError, SftdistError, TrainingError
-from sftdist.core.lock import RunLock
+from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session
+from sftdist.core.errors import DataError, SftdistError, TrainingError
 from sftdist.core.peers import print_death
-from sftdist.core.settings import Method, TrainConfig
-from sftdist.core.storage import read_json, write_json
+from sftdist.core.settings import Init, Method, TrainConfig
+from sftdist.core.storage import read_json, read_jsonl, sha256_file, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
-from sftdist.data.loader import Batch, Loader
+from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
 from sftdist.data.plan import Plan, PlanTotals, SourceTotals
 from sftdist.data.planned import corpus_of, pack_tokens, plan_spec
@@ -49,17 +47,17 @@ from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
 from sftdist.training.export import ExportSpec, export_model
-from sftdist.training.loop import Calls, LoopSpec, StepDone, TrainState, run_steps
+from sftdist.training.loop import Calls, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
+from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.optimizer import lr_at
 from sftdist.training.startup import run_checks
-from sftdist.training.tracking import Tracker, open_tracker
+from sftdist.training.tracking import METRICS, Tracker, open_tracker
 from sftdist.training.wandb_process import open_wandb
 from sftdist.training.zero_config import override_issues
 
 MODULE = "sftdist.train"
 LEDGER = "ledger.jsonl"  # beside the run directories
-OPENING_SECONDS = 3600.0  # how long the other ranks wait while rank 0 tokenises a small source
 
 
 @dataclass(frozen=True)
@@ -70,17 +68,6 @@ class TrainResult:
     step: int
     run_dir: Path
     export: Path | None
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What rank 0 found before any process group exists: the token stores by source, or that the run had ended
-    at `step`."""
-
-    stores: dict[str, str]
-    held_out: dict[str, str]
-    finished: bool = False
-    step: int = 0
 
 
 def main() -> int:
@@ -99,9 +86,10 @@ def start(cfg: TrainConfig) -> int:
         print_plan(cfg)
         return agent.DONE
     run_dir = Path(str(cfg.run.dir))
-    if finished_before(cfg, run_dir) is not None:
+    refuse_other_config(cfg, run_dir)
+    refuse_other_data(run_dir, ready_data(cfg))  # bad data ends here, before any rank exists
+    if finished_before(run_dir) is not None:
         return agent.DONE
-    ready_data(cfg)  # bad data ends here, before any rank exists
     return agent.launch(MODULE, sys.argv[1:], agent.ranks_here(cfg.launch.nproc), run_dir, cfg.checkpoint.grace_seconds)
 
 
@@ -126,9 +114,11 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
     run_dir = Path(str(cfg.run.dir))
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
-        opening = open_run(cfg, run_dir, stack, dataset, tokenizer)
+        opening = open_run(cfg, run_dir, stack, partial(ready_data, cfg, dataset, tokenizer))
         if opening.finished:
             return TrainResult("done", opening.step, run_dir, run_dir / "export")
+        if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None and os.environ.get("RANK") == "0":
+            print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
         world = stack.enter_context(session(report=partial(report_death, run_dir)))
         with reported_failures(world, run_dir):
             return train(cfg, opening, world, stop, run_dir)
@@ -164,44 +154,6 @@ def report_death(run_dir: Path, rank: int, reason: str) -> None:
     agent.write_status(run_dir, "failed", agent.FAILED, reason, rank=rank)
 
 
-def open_run(cfg: TrainConfig, run_dir: Path, stack: ExitStack, dataset: Any, tokenizer: Any) -> Opening:
-    """Rank 0 locks the run directory and sees to the data before any process group exists; the others wait for it."""
-    if is_worker() and os.environ["RANK"] != "0":
-        answer = json.loads(share_text("opening", None, OPENING_SECONDS))
-        if "error" in answer:
-            raise SystemExit(agent.FAILED)  # rank 0 has printed it
-        return Opening(**answer)
-    try:
-        opening = open_run_alone(cfg, run_dir, stack, dataset, tokenizer)
-    except BaseException as error:
-        share_text("opening", json.dumps({"error": str(error)}))
-        if isinstance(error, SftdistError) and run_dir.is_dir():
-            agent.write_status(run_dir, "failed", error.exit_code, str(error), rank=0)
-        raise
-    share_text("opening", json.dumps(asdict(opening)))
-    return opening
-
-
-def open_run_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, dataset: Any, tokenizer: Any) -> Opening:
-    refused = agent.restart_refused(run_dir)
-    if refused is not None:
-        ended = f"{refused['state']}: {refused['reason']}"
-        raise TrainingError(f"not started again by torchrun, since another try would end the same way: {ended}")
-    if (step := finished_before(cfg, run_dir)) is not None:
-        return Opening({}, {}, finished=True, step=step)
-    if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None:
-        print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
-    stack.enter_context(RunLock(run_dir))
-    refuse_other_config(cfg, run_dir)
-    prepared = ready_data(cfg, dataset, tokenizer)
-    snapshot.write_config(run_dir, cfg)
-    agent.write_status(run_dir, "running", agent.FAILED, "still running, or ended without a word")
-    return Opening(
-        {name: str(store.path) for name, store in prepared.stores.items()},
-        {name: str(store.path) for name, store in prepared.held_out.items()},
-    )
-
-
 def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> Prepared:
     """Find the stores, or make them where that is quick. Raises DataError that names `prepare` where it is not."""
     quickstart.lay_out(cfg)
@@ -222,28 +174,6 @@ def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
     return Prepared(stores, held_out, template, report={})
 
 
-def finished_before(cfg: TrainConfig, run_dir: Path) -> int | None:
-    """The last step of this very run, said on the screen, when it has ended well; else None."""
-    status = agent.read_status(run_dir)
-    if status is None or status["state"] != "done":
-        return None
-    refuse_other_config(cfg, run_dir)
-    print(f"{run_dir} is finished (step {status['step']}); its model is in {run_dir / 'export'}", flush=True)
-    return int(status["step"])
-
-
-def refuse_other_config(cfg: TrainConfig, run_dir: Path) -> None:
-    """A run directory belongs to one configuration, but for the sections that a resume may change."""
-    if not (run_dir / snapshot.FILE).is_file():
-        return
-    differences = snapshot.differences(snapshot.read_config(run_dir), cfg)
-    if differences:
-        raise ConfigError(
-            [f"run.dir={run_dir} was begun with another configuration; use it again, or give another run.dir:"]
-            + [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items()]
-        )
-
-
 def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, run_dir: Path) -> TrainResult:
     """Build everything, check it, run the loop, export."""
     say = partial(print, flush=True) if world.is_main else silent
@@ -256,21 +186,27 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
-    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep_last, base=base_of(cfg))
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", cfg.checkpoint.keep_last, base=base_of(cfg, trained.commit, world)
+    )
     saved = checkpoints.load_latest(trained.engine, say)
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
+    if world.all_reduce_max(float(stop.requested)):  # nothing is lost: the last checkpoint is the newest there can be
+        return finish(cfg, corpus, trained, world, run_dir, state, stopped=True)
     loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
     tracker = tracker_of(cfg, run_dir, state.step, totals.steps, say) if world.is_main else Tracker()
     outcome = "failed"
     try:
         state, stopped = run_loop(cfg, corpus, trained, loader, world, state, totals.steps, stop, tracker, checkpoints)
-        outcome = "preempted" if stopped else "done"
+        stopped = stopped or world.all_reduce_max(float(stop.requested)) > 0  # the export can wait for the next start
+        result = finish(cfg, corpus, trained, world, run_dir, state, stopped=stopped)
+        outcome = result.state
     finally:
         loader.close()
         tracker.close(outcome)
-    return finish(cfg, corpus, trained, world, run_dir, state, stopped=stopped)
+    return result
 
 
 def run_loop(
@@ -298,9 +234,14 @@ def run_loop(
         min_ratio=cfg.optimizer.min_lr_ratio,
     )
     batches = validation_batches(cfg, corpus, world)
+    if not batches and cfg.eval.every_steps and world.is_main:
+        print("no validation rows: nothing is evaluated (data.val, data.val_fraction)", flush=True)
+
+    def begin(step: Step) -> None:
+        tracker.rows_of(step.step + 1, step.row_ids)
 
     def track(state: TrainState, done: StepDone) -> None:
-        tracker.step(meter.line(facts(state, done, world)), done.step.row_ids)
+        tracker.report({"kind": "train", **meter.line(facts(state, done, world))})
 
     def save(state: TrainState) -> None:
         tracker.sync()
@@ -313,8 +254,20 @@ def run_loop(
             tracker.report({"kind": "eval", "step": state.step, **figures})
 
     spec = LoopSpec(steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
-    calls = Calls(lambda: stop.requested, track, save, evaluate)
+    if (
+        batches
+        and evaluation_is_due(spec, state)
+        and not world.broadcast_object(evaluated(Path(str(cfg.run.dir)), state))
+    ):
+        evaluate(state)  # the run ended between a checkpoint and its evaluation
+    calls = Calls(lambda: stop.requested, begin, track, save, evaluate)
     return run_steps(engine, loader, world, spec, state, calls)
+
+
+def evaluated(run_dir: Path, state: TrainState) -> bool:
+    """Whether `metrics.jsonl` holds the evaluation of this step."""
+    lines = read_jsonl(run_dir / METRICS) if (run_dir / METRICS).is_file() else iter(())
+    return any(line["kind"] == "eval" and line["step"] == state.step for line in lines)
 
 
 def validation_batches(cfg: TrainConfig, corpus: Corpus, world: World) -> list[Batch]:
@@ -362,14 +315,22 @@ def totals_of(plan: Plan, run_dir: Path, world: World) -> PlanTotals:
     return PlanTotals(**{**totals, "sources": tuple(SourceTotals(**source) for source in totals["sources"])})
 
 
-def base_of(cfg: TrainConfig) -> dict[str, Any] | None:
-    """What the adapters of a LoRA run belong to; a full fine-tune holds all of its weights itself."""
+def base_of(cfg: TrainConfig, commit: str | None, world: World) -> dict[str, Any] | None:
+    """What the adapters of a LoRA run belong to, by content; a full fine-tune holds all of its weights itself."""
     if cfg.tune.method == Method.full:
         return None
-    folder = Path(str(cfg.model.path))
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    sizes = {file.name: file.stat().st_size for file in files}
-    return {"path": cfg.model.path, "revision": cfg.model.revision, "init": cfg.model.init.value, "files": sizes}
+    hashes = None
+    if world.is_main:
+        folder = Path(str(cfg.model.path))
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        hashes = {file.name: sha256_file(file) for file in files}
+    return {
+        "path": cfg.model.path,
+        "revision": commit or cfg.model.revision,
+        "init": cfg.model.init.value,
+        "seed": cfg.seed if cfg.model.init == Init.random else None,
+        "files": world.broadcast_object(hashes),
+    }
 
 
 def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:
@@ -402,7 +363,7 @@ def finish(
     if world.is_main:
         name, code = ("preempted", agent.PREEMPTED) if stopped else ("done", agent.DONE)
         agent.write_status(run_dir, name, code, "", step=state.step)
-        ledger.record(run_dir.parent / LEDGER, ledger_entry(cfg, corpus, name, state))
+        record_in_ledger(cfg, corpus, name, state)
         print(ending(run_dir, name, state.step), flush=True)
     world.barrier()  # nobody leaves before the file says how it ended
     return TrainResult("preempted" if stopped else "done", state.step, run_dir, export)
@@ -413,6 +374,15 @@ def ending(run_dir: Path, state: str, step: int) -> str:
     if state == "preempted":
         return f"stopped after step {step} with everything saved; run the same command again to go on"
     return f"done after step {step}: the verified model is in {run_dir / 'export'}"
+
+
+def record_in_ledger(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> None:
+    """One line per start. A ledger that cannot be written costs a line on the screen, not a finished run."""
+    path = Path(str(cfg.run.dir)).parent / LEDGER
+    try:
+        ledger.record(path, ledger_entry(cfg, corpus, outcome, state))
+    except OSError as error:
+        print(f"{path}: this run is not in the ledger ({error})", flush=True)
 
 
 def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> dict[str, Any]:

@@ -15,7 +15,8 @@ end = sys.argv[2] if len(sys.argv) > 2 else "wait"
 
 
 def status(state: str, code: int) -> None:
-    text = {"state": state, "code": code, "reason": "because", "step": 3, "rank": 0, "retry": True}
+    text: dict[str, object] = {"state": state, "code": code, "reason": "because", "step": 3, "rank": 0, "retry": True}
+    text["start"] = os.environ["SFTDIST_START"]  # as agent.write_status does
     (folder / "status.json").write_text(json.dumps(text))
 
 

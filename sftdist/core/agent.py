@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from sftdist.core.storage import read_json, write_json
 
 DONE, FAILED, BAD_CONFIG, BAD_DATA, GATE, PREEMPTED = 0, 1, 2, 3, 4, 75
 STATUS = "status.json"
+START_VARIABLE = "SFTDIST_START"  # names one start of the agent: its status is told from another's
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -48,6 +50,7 @@ def write_status(
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     status = {"state": state, "code": code, "reason": reason, "step": step, "rank": rank, "retry": retry}
+    status["start"] = os.environ.get(START_VARIABLE)
     write_json(run_dir / STATUS, status)
 
 
@@ -88,18 +91,19 @@ def launch(module: str, argv: Sequence[str], nproc: int, run_dir: Path, grace_se
     this process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / STATUS).unlink(missing_ok=True)
+    start = uuid.uuid4().hex
     command = [
         *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), "--standalone"),
         *("--nproc-per-node", str(nproc), "--signals-to-handle", FORWARDED),
         *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module, *argv),
     ]
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, PARENT_VARIABLE: str(os.getpid())}
+    own = {PARENT_VARIABLE: str(os.getpid()), START_VARIABLE: start}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **own}
     # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on.
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     seen = _wait(child)
-    return _exit_code(run_dir, child.returncode, stopped=bool(seen))
+    return _exit_code(run_dir, start, child.returncode, stopped=bool(seen))
 
 
 def _wait(child: subprocess.Popen[bytes]) -> Counter[int]:
@@ -122,16 +126,25 @@ def _wait(child: subprocess.Popen[bytes]) -> Counter[int]:
     return seen
 
 
-def _exit_code(run_dir: Path, returned: int, *, stopped: bool) -> int:
+def _status_of(run_dir: Path, start: str | None) -> dict[str, Any] | None:
+    """The status, where this start has written it: another run may hold the directory, or have left its own."""
     status = read_status(run_dir)
+    return status if status is not None and status["start"] == start else None
+
+
+def _exit_code(run_dir: Path, start: str | None, returned: int, *, stopped: bool) -> int:
+    status = _status_of(run_dir, start)
     if status is not None and status["state"] != "running":
         return int(status["code"])
     if returned == 0:
         return DONE
     if stopped and status is None:
-        write_status(run_dir, "preempted", PREEMPTED, "stopped before training began; run again to start")
+        if read_status(run_dir) is None:
+            write_status(run_dir, "preempted", PREEMPTED, "stopped before training began; run again to start")
         return PREEMPTED
-    write_status(run_dir, "failed", FAILED, f"the ranks ended without a final status (torchrun's agent: {returned})")
+    if status is not None:
+        reason = f"the ranks ended without a final status (torchrun's agent: {returned})"
+        write_status(run_dir, "failed", FAILED, reason)
     return FAILED
 
 
@@ -155,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory: bool) -> None:
     """Say what ended a rank that had no time to say so itself."""
-    status = read_status(run_dir)
+    status = _status_of(run_dir, os.environ.get(START_VARIABLE))
     if status is not None and status["state"] != "running":
         return
     if failure.exitcode < 0:
@@ -167,8 +180,8 @@ def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory:
     elif failure.exitcode == -signal.SIGKILL:
         reason += ": someone or the kernel killed it; look at the host's memory and at the scheduler's log"
     print(f"sftdist: error: {reason}; its last lines are above", file=sys.stderr, flush=True)
-    step = status["step"] if status else None
-    write_status(run_dir, "failed", FAILED, reason, step=step, rank=rank)
+    if status is not None:  # without one this start never held the run directory
+        write_status(run_dir, "failed", FAILED, reason, step=status["step"], rank=rank)
 
 
 def _oom_kills() -> int:

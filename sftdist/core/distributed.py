@@ -30,7 +30,7 @@ from sftdist.core.peers import PeerError, Peers, print_death
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-TIMEOUT_SECONDS = 1800.0
+TIMEOUT_SECONDS = 3600.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 PARENT_VARIABLE = "SFTDIST_PARENT"  # the process id of the agent that started this process, where it was ours
 _PR_SET_PDEATHSIG = 1

@@ -32,7 +32,7 @@ def evaluate_loss(
     sums = torch.zeros(2, len(sources), dtype=torch.float64, device=world.device)
     for batch in batches:
         output = forward(batch)
-        sums += torch.stack([output.per_source, output.counts]).to(sums)
+        sums += torch.stack([output.per_source, output.counts])[:, : len(sources)].to(sums)
     losses, weights = world.all_reduce_sum(sums).tolist()
     if sum(weights) <= 0:
         raise DataError(

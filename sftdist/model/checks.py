@@ -33,6 +33,7 @@ LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-
 EXPERT_NOISE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 EXPERT_NOISE_FLOAT32 = 1e-5  # of the largest hidden state
 COMPARED_ROWS = 256  # queries compared with eager attention where the check is long
+LONG = 512  # tokens; backends may treat longer documents in another way
 LONGEST_CHECK = 16_384  # tokens; eager's mask is quadratic
 
 
@@ -170,7 +171,7 @@ def check_parity(
     proof. Raises StartupError where they differ, or where a model that is to be packed does not use the registry.
     """
     causal = causal_lm(model)
-    tokens = min(max(_windows(causal.config), default=16) + 32, longest, LONGEST_CHECK)
+    tokens = min(max(_windows(causal.config), default=LONG) + 32, longest, LONGEST_CHECK)
     documents = Documents.of_lengths([tokens], device)
     ids = _random_ids(tokens, vocabulary, device)
     probe = _Probe(backend)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from sftdist.core.distributed import World
 from sftdist.core.settings import Init, Method, TrainConfig
-from sftdist.data.corpus import Corpus
+from sftdist.data.corpus import Corpus, validation_sources
 from sftdist.data.packing import CostModel
 from sftdist.model import cost
 from sftdist.model.attention import Choice, choose
@@ -25,7 +25,8 @@ from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 @dataclass(frozen=True)
 class Trained:
     """A model under an engine. `coverage`: what the adapter reaches, None in a full fine-tune. `untrained`: ids of
-    template tokens whose rows the base model never trained. `tied`: head and embeddings are one parameter."""
+    template tokens whose rows the base model never trained. `tied`: head and embeddings are one parameter. `commit`:
+    of the Hub repository that the weights came from."""
 
     engine: Engine
     config: PreTrainedConfig
@@ -33,6 +34,7 @@ class Trained:
     coverage: Coverage | None
     untrained: tuple[int, ...]
     tied: bool
+    commit: str | None
 
 
 def model_config(cfg: TrainConfig, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
@@ -97,9 +99,12 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         torch.manual_seed(cfg.seed)  # the adapter starts from the same numbers on every rank and in every run
         module, coverage = attach(model, lora_spec(cfg), train_rows=untrained)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, and not between runs
-    loss = LossModel(module, num_sources=len(corpus.stores), chunk=cfg.model.loss_chunk)
+    commit = getattr(config, "_commit_hash", None)  # transformers sets it for what came from the Hub
+    sources = max(len(corpus.stores), len(validation_sources(corpus)))
+    loss = LossModel(module, num_sources=sources, chunk=cfg.model.loss_chunk)
     engine = Engine(loss, optimizer_spec(cfg), spec, world)
-    return Trained(engine, config, attention, coverage, untrained, tied)
+    # The model's own config: where the vocabulary grew, it is not the one that was asked for.
+    return Trained(engine, model.config, attention, coverage, untrained, tied, commit)
 
 
 def engine_spec(cfg: TrainConfig) -> EngineSpec:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import StartupError
-from sftdist.core.settings import Method, TrainConfig
+from sftdist.core.settings import TrainConfig
 from sftdist.core.snapshot import config_hash
 from sftdist.core.storage import write_text
 from sftdist.data.corpus import Corpus
@@ -29,6 +29,7 @@ from sftdist.training.build import Trained
 from sftdist.training.meter import memory_gib
 from sftdist.training.startup import (
     Check,
+    LocalFailure,
     Supervision,
     check_bos,
     check_disk,
@@ -42,6 +43,7 @@ from sftdist.training.startup import (
 BOS_SCAN_ROWS = 1_000_000
 CANDIDATES = 2048  # conversations per source looked at for the costliest pack
 TRIAL_BYTES = 2**24
+SHORT_CHECK = 48  # tokens
 SHOWN = "log/first_conversation.txt"
 
 
@@ -61,7 +63,8 @@ def contract(
         return f"plan {common}, {micro.pop()} micro-batches each in step 1"
 
     def supervision_figures() -> str:
-        return check_supervision(sources, trained.untrained, cfg.tune.method == Method.full or bool(trained.coverage))
+        reached = set(trained.coverage.token_rows) if trained.coverage else set(trained.untrained)
+        return check_supervision(sources, trained.untrained, set(trained.untrained) <= reached)
 
     def conversation_figures() -> str:
         text = shown_conversation(corpus)
@@ -140,14 +143,13 @@ def attention_figures(trained: Trained, world: World, cfg: TrainConfig, longest:
     assert not isinstance(backend, str), "it was opened when the model was loaded"
     packed = cfg.train.packing
     isolation = check_isolation(model, rows, world.device, packed=packed)
-    parity = check_parity(model, backend, rows, world.device, longest, packed=packed)
+    # Long and short documents may run on different code: both are compared.
+    lengths = sorted({min(longest, SHORT_CHECK), longest})
+    parities = [check_parity(model, backend, rows, world.device, length, packed=packed) for length in lengths]
     logits = check_logits(model, rows, world.device)
     leak = f"leak {isolation.leak:.1e} (control {isolation.control:.1e})" if isolation else "no packing"
-    error = max(parity.errors.values(), default=0.0)
-    return (
-        f"{trained.attention.name}: {leak}; parity {error:.1e} over {parity.layers} layers and {parity.tokens} tokens; "
-        f"logits {logits:.1e}"
-    )
+    errors = ", ".join(f"{max(one.errors.values(), default=0.0):.1e} over {one.tokens} tokens" for one in parities)
+    return f"{trained.attention.name}: {leak}; parity {errors} in {parities[0].layers} layers; logits {logits:.1e}"
 
 
 def coverage_figures(trained: Trained) -> str:
@@ -163,7 +165,6 @@ def coverage_figures(trained: Trained) -> str:
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:
     """Forward and backward of `loss * 0` on the costliest pack that this run can hold."""
     batch = costliest_pack(corpus, plan.spec.pack_tokens)
-    trained.engine.probe(batch)
     setup = cost.Setup(
         stage=cfg.zero.stage,
         world=world.size,
@@ -178,8 +179,17 @@ def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained
     mapping = trained.config.to_dict()
     available = available_bytes(world)
     fixes = cost.cheapest_overrides(mapping, setup, available, max_len=cfg.data.max_len, lora_r=cfg.tune.r)
+    predicted = cost.total(cost.memory(mapping, setup))
+    try:
+        trained.engine.probe(batch)
+    except torch.OutOfMemoryError as error:
+        raise LocalFailure(
+            f"memory: the costliest pack of {plan.spec.pack_tokens:,} tokens does not fit into "
+            f"{available / cost.GIB:.1f} GiB (predicted {predicted / cost.GIB:.1f} GiB). Cheapest overrides that would "
+            f"fit: {'; '.join(fixes or []) or 'none; use more or larger GPUs'}"
+        ) from error
     measured = memory_gib(world.device) * cost.GIB
-    return compare_memory(cost.total(cost.memory(mapping, setup)), measured, available, fixes or [])
+    return compare_memory(predicted, measured, available, fixes or [])
 
 
 def available_bytes(world: World) -> float:
@@ -217,8 +227,15 @@ def trial_save(trained: Trained, run_dir: Path, world: World, grace_seconds: flo
         written = sum(tensor.nbytes for tensor in piece.values())
         if written >= TRIAL_BYTES:
             break
+    problem = None
     if world.is_main:
-        save_and_compare(run_dir / ".trial.safetensors", piece)
+        try:
+            save_and_compare(run_dir / ".trial.safetensors", piece)
+        except StartupError as error:
+            problem = str(error)
+    problem = world.broadcast_object(problem)
+    if problem is not None:  # on every rank: none may wait for another in the next collective
+        raise StartupError(problem)
     seconds = world.all_reduce_max(time.perf_counter() - started) * whole / max(1, written)
     return f"{check_disk(run_dir, whole)}; a save takes {check_grace(seconds, grace_seconds)}"
 

@@ -75,9 +75,11 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Calls:
-    """What the loop calls: was this rank asked to stop, where figures go, a checkpoint, an evaluation."""
+    """What the loop calls: was this rank asked to stop, the rows of a step before it is tried, its figures after it,
+    a checkpoint, an evaluation."""
 
     stop_requested: Callable[[], bool]
+    begin: Callable[[Step], None]
     track: Callable[[TrainState, StepDone], None]
     save: Callable[[TrainState], None]
     evaluate: Callable[[TrainState], None]
@@ -93,6 +95,7 @@ def run_steps(
     while state.step < spec.steps:
         started = time.perf_counter()
         step, lr = loader.take(), spec.lr_at(state.step)
+        calls.begin(step)
         losses, outcome = update(engine, step, world, lr, calls.stop_requested)
         state = state.after(step)
         calls.track(state, StepDone(step, losses, outcome, lr, time.perf_counter() - started))
@@ -102,7 +105,7 @@ def run_steps(
             calls.save(state)
         if losses.stop and not last:
             return state, True
-        if due(spec.eval_every, state.step) or (last and spec.eval_every > 0):
+        if evaluation_is_due(spec, state):
             calls.evaluate(state)
     return state, False
 
@@ -114,7 +117,10 @@ def update(
     while True:
         losses = run_micro_batches(engine, step, world, stop_requested)
         require_finite(losses, step)
-        outcome = engine.step(lr)
+        try:
+            outcome = engine.step(lr)
+        except TrainingError as error:
+            raise TrainingError(f"{error} {named_rows(step)}") from error
         if outcome.applied:
             return losses, outcome
 
@@ -122,6 +128,17 @@ def update(
 def due(every: int, step: int) -> bool:
     """Every `every` steps, counted in optimizer steps; 0 means never."""
     return every > 0 and step % every == 0
+
+
+def evaluation_is_due(spec: LoopSpec, state: TrainState) -> bool:
+    """Every `eval_every` steps and after the last one; never without a step or with `eval_every` 0."""
+    return state.step > 0 and spec.eval_every > 0 and (due(spec.eval_every, state.step) or state.step == spec.steps)
+
+
+def named_rows(step: Step) -> str:
+    """The rows of a step, for a message: the first ones, and where all of them are."""
+    more = " ..." if len(step.row_ids) > 20 else ""
+    return f"Rows of this step: {', '.join(step.row_ids[:20])}{more} (all of them in log/rows.jsonl)."
 
 
 def run_micro_batches(engine: Engine, step: Step, world: World, stop_requested: Callable[[], bool]) -> StepLosses:
@@ -149,6 +166,5 @@ def require_finite(losses: StepLosses, step: Step) -> None:
     if not all(math.isfinite(value) for value in losses.sums):
         raise TrainingError(
             f"step {step.step + 1}: the loss is {sum(losses.sums)}, but it must be finite; no weight was changed. "
-            f"Rows of this step: {', '.join(step.row_ids[:20])}{' ...' if len(step.row_ids) > 20 else ''} "
-            "(all of them in log/rows.jsonl). Look at them with `sftdist inspect`, or lower optimizer.lr."
+            f"Look at the rows with `sftdist inspect`, or lower optimizer.lr. {named_rows(step)}"
         )

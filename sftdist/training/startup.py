@@ -24,6 +24,10 @@ class Check:
     figures: Callable[[], str]
 
 
+class LocalFailure(StartupError):
+    """Found by one rank in the middle of a collective: it cannot wait for the others to agree."""
+
+
 def run_checks(world: World, checks: Sequence[Check], say: Callable[[str], None]) -> None:
     """Run every check on every rank; if one rank refuses, all ranks raise its error and nobody waits for it."""
     for number, check in enumerate(checks, 1):
@@ -31,6 +35,8 @@ def run_checks(world: World, checks: Sequence[Check], say: Callable[[str], None]
         failure: SftdistError | None = None
         try:
             figures = check.figures()
+        except LocalFailure:
+            raise
         except SftdistError as error:
             failure = error
         verdicts = world.gather_objects(None if failure is None else (type(failure), str(failure)))

@@ -64,9 +64,13 @@ class Tracker:
 
     def step(self, line: Mapping[str, Any], rows: Sequence[str]) -> None:
         """One optimizer step: its figures, and the ordered ids of the rows it trained on."""
-        for file in self.rows:
-            file.line({"step": line["step"], "rows": list(rows)})
+        self.rows_of(line["step"], rows)
         self.report({"kind": "train", **line})
+
+    def rows_of(self, step: int, rows: Sequence[str]) -> None:
+        """The ordered ids of the rows of a step, written before it is tried: a step that fails can be looked at."""
+        for file in self.rows:
+            file.line({"step": step, "rows": list(rows)})
 
     def report(self, line: Mapping[str, Any]) -> None:
         """Any line; it brings its own `kind`."""

@@ -289,7 +289,9 @@ def test_a_wrong_mix_is_refused(mix: object, issue: str) -> None:
 
 def test_lambdas_keep_their_spelling_where_they_sum_to_one() -> None:
     assert lambdas_of([0.6, 0.3, 0.1], ["a", "b", "c"])[0] == {"a": 0.6, "b": 0.3, "c": 0.1}
-    assert compose("quickstart", ["data.sources.domain.lam=0.9"]).data.sources["domain"].lam == pytest.approx(0.9 / 1.45)
+    assert compose("quickstart", ["data.sources.domain.lam=0.9"]).data.sources["domain"].lam == pytest.approx(
+        0.9 / 1.45
+    )
 
 
 # Names, hashes, run directories

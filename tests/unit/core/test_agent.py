@@ -53,7 +53,7 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
 
 
 def test_stopped_before_the_first_step_is_preempted(tmp_path: Path) -> None:
-    assert agent._exit_code(tmp_path, 1, stopped=True) == agent.PREEMPTED
+    assert agent._exit_code(tmp_path, None, 1, stopped=True) == agent.PREEMPTED
     status = agent.read_status(tmp_path)
     assert status is not None
     assert status["state"] == "preempted"
@@ -61,7 +61,7 @@ def test_stopped_before_the_first_step_is_preempted(tmp_path: Path) -> None:
 
 def test_killed_in_the_save_is_a_failure(tmp_path: Path) -> None:
     agent.write_status(tmp_path, "running", 1)
-    assert agent._exit_code(tmp_path, 1, stopped=True) == agent.FAILED
+    assert agent._exit_code(tmp_path, None, 1, stopped=True) == agent.FAILED
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,11 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 def _runs(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_the_status_of_a_run_that_holds_the_directory_is_left_alone(tmp_path: Path) -> None:
+    """A second start that never got the lock ends with 1 and does not touch what the first one wrote."""
+    agent.write_status(tmp_path, "running", 1, "the first start")
+    before = agent.read_status(tmp_path)
+    assert agent.launch("tests.children", ["nothing"], 1, tmp_path, 5) == agent.FAILED
+    assert agent.read_status(tmp_path) == before

@@ -11,10 +11,9 @@ from rich.table import Table
 
 from sftdist.assets import quickstart
 from sftdist.core import config
-from sftdist.core.settings import Method, Offload, PlanConfig
-from sftdist.data.planned import pack_tokens
+from sftdist.core.settings import PlanConfig
 from sftdist.model import cost
-from sftdist.training.build import planned_config
+from sftdist.training.build import memory_setup, planned_config, planned_trainable
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
@@ -37,8 +36,9 @@ def run(cfg: PlanConfig) -> PlanResult:
     """Arithmetic on the model's config, for `cluster.gpus` GPUs of `cluster.memory_gib`."""
     quickstart.lay_out(cfg)
     shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
-    trainable = cost.lora_parameters(shape, cfg.tune.r) if cfg.tune.method == Method.lora else None
-    setups = {stage: setup_of(cfg, stage, trainable) for stage in STAGES}
+    trainable = planned_trainable(cfg, shape)
+    gpus = cfg.cluster.gpus
+    setups = {stage: memory_setup(cfg, stage=stage, world=gpus, trainable=trainable) for stage in STAGES}
     budget = cfg.cluster.memory_gib * GIB
     fixes = cost.cheapest_overrides(shape, setups[cfg.zero.stage], budget, max_len=cfg.data.max_len, lora_r=cfg.tune.r)
     total = cost.parameters(shape).total
@@ -53,19 +53,6 @@ def run(cfg: PlanConfig) -> PlanResult:
         memory={stage: cost.memory(shape, setup) for stage, setup in setups.items()},
         fits=fixes == [],
         fixes=fixes,
-    )
-
-
-def setup_of(cfg: PlanConfig, stage: int, trainable: int | None) -> cost.Setup:
-    return cost.Setup(
-        stage=stage,
-        world=cfg.cluster.gpus,
-        pack_tokens=pack_tokens(cfg),
-        precision=cfg.precision.value,
-        trainable=trainable,
-        checkpointing=cfg.model.activation_checkpointing,
-        offload=cfg.zero.offload != Offload.none and stage > 0,
-        loss_chunk=cfg.model.loss_chunk,
     )
 
 

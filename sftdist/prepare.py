@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sftdist.assets import quickstart
 from sftdist.core import config
-from sftdist.core.errors import DataError
+from sftdist.core.errors import DataAbsentError
 from sftdist.core.settings import DataConfig, TrainConfig
 from sftdist.core.storage import write_json
 from sftdist.data.pipeline import PrepareRequest, prepare, survey
@@ -56,7 +56,7 @@ def show_plan(cfg: TrainConfig) -> None:
     """`dry_run=true`: which stores would be made, from how many rows; nothing is written."""
     try:
         todo = survey(request_of(cfg), at_most=sys.maxsize)
-    except DataError as absent:
+    except DataAbsentError as absent:
         print(f"the data is not there yet:\n{absent}")
         return
     missing = ", ".join(todo.missing)

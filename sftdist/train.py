@@ -20,7 +20,7 @@ from transformers.utils import logging
 from sftdist.assets import quickstart
 from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session
-from sftdist.core.errors import DataError, SftdistError, TrainingError
+from sftdist.core.errors import ConfigError, DataAbsentError, SftdistError, TrainingError
 from sftdist.core.peers import print_death
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import read_json, read_jsonl, sha256_file, write_json
@@ -35,12 +35,15 @@ from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
+from sftdist.model import cost
 from sftdist.training.build import (
     Trained,
     build_trained,
     cost_model,
+    memory_setup,
     model_config,
     planned_config,
+    planned_trainable,
     special_ids,
 )
 from sftdist.training.checkpoint import Checkpoints
@@ -403,14 +406,21 @@ def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainSta
 def print_plan(cfg: TrainConfig) -> None:
     """`dry_run`: what the run would do, counted where its data is there."""
     print(f"configuration {snapshot.config_hash(cfg)[:12]} is complete; run directory {cfg.run.dir}")
+    shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=planned_trainable(cfg, shape))
+    need = cost.total(cost.memory(shape, setup)) / cost.GIB
+    print(f"{cost.parameters(shape).total:,} parameters, about {need:.1f} GiB on each of {ranks(cfg)} ranks")
     try:
         prepared = ready_data(cfg)
-    except DataError as error:
-        print(f"no plan yet: {error}", flush=True)
+    except (DataAbsentError, ConfigError) as error:
+        # A preset that brings its own shape is planned without its weights and tokenizer, which may be out of reach.
+        if isinstance(error, ConfigError) and cfg.model.shape is None:
+            raise
+        print(f"no plan of the steps yet: {error}", flush=True)
         return
     corpus = corpus_of(cfg, prepared)
-    shape = planned_config(cfg, len(corpus.template.tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))
+    exact = planned_config(cfg, len(corpus.template.tokenizer))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune.method, corpus.supervised_share))
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
         print(line, flush=True)
 

@@ -82,7 +82,9 @@ def _output(file: str | None) -> Iterator[TextIO]:
     if file is None:
         yield sys.stdout
         return
-    with Path(file).expanduser().open("w", encoding="utf-8", newline="\n") as out:
+    path = Path(file).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as out:
         yield out
 
 

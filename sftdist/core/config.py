@@ -68,6 +68,10 @@ __all__ = [
 ]
 T = TypeVar("T", bound=TrainConfig, default=TrainConfig)
 _BASE = "sftdist"
+_PATHS = (
+    *(("run", "dir"), ("data", "dir"), ("data", "store_dir")),
+    *(("model", "path"), ("model", "tokenizer"), ("model", "chat_template")),
+)
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
@@ -94,6 +98,7 @@ def compose(
         issues = words.issues
         cfg = build(schema, container, issues)
         issues += expand(cfg.data, _named_mix)
+        _expand_home(cfg)
         if not words.refused:  # with a group missing, the rules would only report its absence again
             found = check(cfg, complete=complete)
             if found and complete and cfg.exp == TrainConfig().exp:
@@ -210,6 +215,15 @@ def _read_overrides(overrides: Sequence[str]) -> _Words:
         else:
             words.values.append(word)
     return words
+
+
+def _expand_home(cfg: TrainConfig) -> None:
+    """`~` in a path: the shell leaves it alone after a `key=`."""
+    for section, name in _PATHS:
+        node = {"run": cfg.run, "model": cfg.model, "data": cfg.data}[section]
+        value = getattr(node, name)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(node, name, str(Path(value).expanduser()))
 
 
 def _unreadable(text: str) -> str:

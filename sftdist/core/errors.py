@@ -34,6 +34,10 @@ class DataError(SftdistError):
     exit_code = 3
 
 
+class DataAbsentError(DataError):
+    """The data is not there yet: no file, or no token store for a source that is too large to make in passing."""
+
+
 class CheckpointError(SftdistError):
     """A checkpoint or an export is missing, incomplete or not what its manifest says."""
 

@@ -111,24 +111,13 @@ def encode_conversations(
     encoded: list[tuple[int, Encoded]] = []
     for entry in template.encode(numbered, mask):
         i = int(entry.id.partition("#")[0])
-        refusal = entry if isinstance(entry, Refusal) else _second_bos(template, entry)
-        if refusal is not None:
-            refusals.setdefault(i, refusal)
-        elif isinstance(entry, Encoded):
+        if isinstance(entry, Refusal):
+            refusals.setdefault(i, entry)
+        else:
             encoded.append((i, entry))
     kept = [(i, entry) for i, entry in encoded if i not in refusals]
     names = [conversations[i].id + "".join(entry.id.partition("#")[1:]) for i, entry in kept]
     return _columns(kept, names), refusals
-
-
-def _second_bos(template: ChatTemplate, entry: Encoded) -> Refusal | None:
-    """BOS may stand at position 0 and nowhere else (start-up refuses it too), unless it is also what ends a turn."""
-    bos = template.bos_token_id
-    if bos is None or bos in template.stop_ids or not (entry.ids[1:] == bos).any():
-        return None
-    place = 1 + int(np.argmax(entry.ids[1:] == bos))
-    detail = f"given BOS (id {bos}) at token {place}, required at most one, at position 0; use another chat template"
-    return Refusal(entry.id, "BOS inside the conversation", detail)
 
 
 def _columns(kept: list[tuple[int, Encoded]], names: list[str]) -> Samples:

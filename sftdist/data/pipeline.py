@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sftdist.core.errors import ConfigError, DataError
+from sftdist.core.errors import ConfigError, DataAbsentError, DataError
 from sftdist.core.storage import publish_directory, read_json, read_jsonl, sha256_json, verify_directory
 from sftdist.data.build import build_store
 from sftdist.data.clean import CLEAN_VERSION, normalise
@@ -163,7 +163,7 @@ def _all_parts(roles: Sequence[tuple[SourceRequest, int | None]]) -> dict[str, l
         except DataError as problem:
             problems.append(str(problem))
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataAbsentError("\n".join(problems))
     return found
 
 

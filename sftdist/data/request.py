@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sftdist.core.errors import ConfigError, DataError
+from sftdist.core.errors import ConfigError, DataAbsentError
 from sftdist.core.settings import DataSettings, ModelSettings, SourceSettings
 from sftdist.data.mask import MaskOptions
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
@@ -71,7 +71,9 @@ def prepare_small(request: PrepareRequest, command: str, say: Callable[[str], No
     todo = survey(request, at_most=SMALL_ROWS)
     if todo.rows >= SMALL_ROWS:
         given = f"{', '.join(todo.missing)}: no token store for {todo.rows:,} rows or more"
-        raise DataError(f"{given}; at most {SMALL_ROWS:,} are tokenised inside a training job; run first:\n{command}")
+        raise DataAbsentError(
+            f"{given}; at most {SMALL_ROWS:,} are tokenised inside a training job; run first:\n{command}"
+        )
     return prepare(request, say)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from sftdist.core.distributed import World
-from sftdist.core.settings import Init, Method, TrainConfig
+from sftdist.core.settings import Init, Method, Offload, TrainConfig
 from sftdist.data.corpus import Corpus, validation_sources
 from sftdist.data.packing import CostModel
+from sftdist.data.planned import pack_tokens
 from sftdist.model import cost
 from sftdist.model.attention import Choice, choose
 from sftdist.model.load import is_tied, load_config, load_model
@@ -105,6 +107,26 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     engine = Engine(loss, optimizer_spec(cfg), spec, world)
     # The model's own config: where the vocabulary grew, it is not the one that was asked for.
     return Trained(engine, model.config, attention, coverage, untrained, tied, commit)
+
+
+def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | None) -> cost.Setup:
+    """The choices of a configuration that memory depends on. `trainable`: of an adapter, None in a full fine-tune."""
+    return cost.Setup(
+        stage=stage,
+        world=world,
+        pack_tokens=pack_tokens(cfg),
+        precision=cfg.precision.value,
+        trainable=trainable,
+        checkpointing=cfg.model.activation_checkpointing,
+        offload=cfg.zero.offload != Offload.none and stage > 0,
+        loss_chunk=cfg.model.loss_chunk,
+        moments=len(optimizer_spec(cfg).moments),
+    )
+
+
+def planned_trainable(cfg: TrainConfig, shape: Mapping[str, Any]) -> int | None:
+    """Parameters that an adapter will train, None in a full fine-tune."""
+    return cost.lora_parameters(shape, cfg.tune.r) if cfg.tune.method == Method.lora else None
 
 
 def engine_spec(cfg: TrainConfig) -> EngineSpec:

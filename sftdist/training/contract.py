@@ -25,7 +25,7 @@ from sftdist.data.store import TRAIN, TokenStore
 from sftdist.model import cost
 from sftdist.model.backends.registry import open_backend
 from sftdist.model.checks import check_isolation, check_logits, check_parity
-from sftdist.training.build import Trained
+from sftdist.training.build import Trained, memory_setup
 from sftdist.training.meter import memory_gib
 from sftdist.training.startup import (
     Check,
@@ -165,17 +165,8 @@ def coverage_figures(trained: Trained) -> str:
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:
     """Forward and backward of `loss * 0` on the costliest pack that this run can hold."""
     batch = costliest_pack(corpus, plan.spec.pack_tokens)
-    setup = cost.Setup(
-        stage=cfg.zero.stage,
-        world=world.size,
-        pack_tokens=plan.spec.pack_tokens,
-        precision=cfg.precision.value,
-        trainable=trained.coverage.trainable if trained.coverage else None,
-        checkpointing=cfg.model.activation_checkpointing,
-        offload=cfg.zero.offload.value != "none",
-        loss_chunk=cfg.model.loss_chunk,
-        moments=len(trained.engine.optimizer.moments),
-    )
+    trainable = trained.coverage.trainable if trained.coverage else None
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=world.size, trainable=trainable)
     mapping = trained.config.to_dict()
     available = available_bytes(world)
     fixes = cost.cheapest_overrides(mapping, setup, available, max_len=cfg.data.max_len, lora_r=cfg.tune.r)

@@ -118,7 +118,7 @@ def test_expanded_turns_are_rows_of_their_own(request_for: Make) -> None:
     assert store.split[0] == store.split[1]
 
 
-def test_bos_may_stand_at_the_start_only(request_for: Make, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bos_is_rendered_once(request_for: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     with_bos = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", bos_token="<|pad|>"
     )
@@ -129,12 +129,9 @@ def test_bos_may_stand_at_the_start_only(request_for: Make, tokenizer: PreTraine
     store = prepare(request).stores["train"]
     assert all(store.tokens(i)[0].tolist().count(3) == 1 for i in range(len(store)))
     assert store.tokens(60)[0][0] == 3
-    bos_before_user = "{% if m.role == 'user' %}{{ bos_token }}{% endif %}<|im_start|>{{"
-    every_exchange = once.replace("{{ bos_token }}", "").replace("<|im_start|>{{", bos_before_user)
-    with pytest.raises(DataError, match="refused: BOS inside the conversation: 1 row\n") as caught:
-        prepare(replace(request, chat_template=every_exchange))
-    assert "given BOS (id 3) at token" in str(caught.value)
-    assert str(caught.value).splitlines()[-1] == "data.max_refused=1"
+    doubled = once.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
+    with pytest.raises(DataError, match="BOS"):
+        prepare(replace(request, chat_template=doubled))
 
 
 # --- the content key ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError, DataError, TrainingError
 from sftdist.train import run
-from tests.e2e.workshop import SMALL, environment, metrics, model_folder, rows, sftdist, status, write_rows
+from tests.e2e.workshop import SMALL, environment, evaluations, metrics, model_folder, rows, sftdist, status, write_rows
 
 EXACT = ("step", "loss", "grad_norm", "lr", "rows")
 
@@ -96,6 +96,7 @@ def test_a_preempted_run_ends_with_75_and_goes_on_bit_equal(home: Path) -> None:
     again = sftdist(command, home)
     assert again.returncode == 0, again.stderr
     assert metrics(home / "runs/cut", *EXACT) == metrics(home / "runs/whole", *EXACT)
+    assert evaluations(home / "runs/cut") == evaluations(home / "runs/whole") != []
 
 
 @pytest.mark.parametrize("preset", ["llama8b", "llama8b_lora"])
@@ -166,12 +167,36 @@ def test_a_poisoned_weight_stops_before_the_first_update(home: Path, inside: Pat
     assert status(home / "runs/poisoned")["state"] == "failed"
     assert not (home / "runs/poisoned/export").exists()
     assert not list((home / "runs/poisoned").glob("checkpoints/step-*"))
+    tried = json.loads((home / "runs/poisoned/log/rows.jsonl").read_text())
+    assert tried["step"] == 1
+    assert all(row.startswith("train/row-") for row in tried["rows"])
 
 
 def test_another_configuration_in_the_same_run_directory_is_refused(inside: Path) -> None:
     in_process("full", "train.max_steps=1", "run.dir=runs/owned")
     with pytest.raises(ConfigError, match=r"optimizer\.lr: was 0\.001, now 0\.5"):
         in_process("full", "train.max_steps=1", "run.dir=runs/owned", "optimizer.lr=0.5")
+
+
+def test_other_rows_under_the_same_configuration_are_refused(inside: Path) -> None:
+    """Rows in memory are no part of the configuration: without a check the second call would return the first model."""
+    cfg = compose("full", ["model.path=model", *SMALL, "train.max_steps=1", "run.dir=runs/rows"])
+    run(cfg, dataset=rows(40))
+    assert run(cfg, dataset=rows(40)).state == "done"
+    with pytest.raises(ConfigError, match=r"was begun with other data or another tokenizer \(source train\)"):
+        run(cfg, dataset=rows(41))
+
+
+def test_one_validation_file_for_several_sources(home: Path, inside: Path) -> None:
+    write_rows(home / "val.jsonl", 130)
+    (home / "val.jsonl").write_text("".join((home / "val.jsonl").read_text().splitlines(keepends=True)[121:]))
+    sources = [f"+data.sources.{name}.path=my.jsonl" for name in ("one", "other", "third")]
+    keys = ["model.path=model", *sources, "data.val=val.jsonl", *SMALL, "train.max_steps=2", "run.dir=runs/val"]
+    cfg = compose("full", [*keys, "eval.every_steps=1"])
+    run(cfg)
+    lines = evaluations(inside / "runs/val")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["eval/loss"] == line["eval/loss/validation"] for line in lines)
 
 
 def test_a_large_source_without_a_store_names_the_prepare_command(

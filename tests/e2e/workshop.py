@@ -82,6 +82,12 @@ def metrics(run_dir: Path, *names: str) -> list[tuple[Any, ...]]:
     return [tuple(line[name] for name in names) for line in lines if line["kind"] == "train"]
 
 
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """Every evaluation line."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "eval"]
+
+
 def status(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
     return found

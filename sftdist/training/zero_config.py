@@ -57,6 +57,23 @@ OWNED_ZERO = {
     "cpu_offload": "zero.offload",
     "ignore_unused_parameters": "nothing: a parameter without a gradient counts as zero on every rank",
 }
+# Inside zero_optimization: sizes and overlap of communication, nothing that rounds or moves what is trained.
+ALLOWED_ZERO = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+)
 # What users may add: communication, memory and profiling, nothing that changes what is trained.
 ALLOWED = (
     "zero_optimization",
@@ -134,8 +151,10 @@ def override_issues(extra: dict[str, Any]) -> list[str]:
     zero = extra.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return [*issues, f"zero.deepspeed.zero_optimization={zero!r}: it must be a mapping"]
-    return issues + [
-        f"zero.deepspeed.zero_optimization.{key}: this key is set by the trainer; use {OWNED_ZERO[key]} instead"
-        for key in zero
-        if key in OWNED_ZERO
-    ]
+    for key in zero:
+        name = f"zero.deepspeed.zero_optimization.{key}"
+        if key in OWNED_ZERO:
+            issues.append(f"{name}: this key is set by the trainer; use {OWNED_ZERO[key]} instead")
+        elif key not in ALLOWED_ZERO:
+            issues.append(f"{name}: not passed on to DeepSpeed; allowed are {', '.join(ALLOWED_ZERO)}")
+    return issues

@@ -89,6 +89,8 @@ def _held_out(name: str, key: str, path: Any, data: DataSettings) -> SourceReque
         shape=settings.shape,
         row_function=settings.row_function,
         hub_split=settings.hub_split,
+        hub_config=settings.hub_config,
+        hub_revision=settings.hub_revision,
     )
     return SourceRequest(source, _mask(data, settings))
 

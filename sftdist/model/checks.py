@@ -171,7 +171,7 @@ def check_parity(
     proof. Raises StartupError where they differ, or where a model that is to be packed does not use the registry.
     """
     causal = causal_lm(model)
-    tokens = min(max(_windows(causal.config), default=LONG) + 32, longest, LONGEST_CHECK)
+    tokens = min(max(LONG, *_windows(causal.config)) + 32, longest, LONGEST_CHECK)
     documents = Documents.of_lengths([tokens], device)
     ids = _random_ids(tokens, vocabulary, device)
     probe = _Probe(backend)

@@ -33,7 +33,6 @@ LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-
 EXPERT_NOISE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 EXPERT_NOISE_FLOAT32 = 1e-5  # of the largest hidden state
 COMPARED_ROWS = 256  # queries compared with eager attention where the check is long
-LONG = 512  # tokens; backends may treat longer documents in another way
 LONGEST_CHECK = 16_384  # tokens; eager's mask is quadratic
 
 
@@ -161,17 +160,28 @@ def check_logits(model: nn.Module, vocabulary: int, device: torch.device) -> flo
 
 
 def check_parity(
-    model: nn.Module, backend: Backend, vocabulary: int, device: torch.device, longest: int, *, packed: bool = True
+    model: nn.Module,
+    backend: Backend,
+    vocabulary: int,
+    device: torch.device,
+    longest: int,
+    *,
+    packed: bool = True,
+    beyond: int = 0,
 ) -> Parity:
     """Compare our attention with transformers' eager one for every kind of attention layer of the model.
 
     The model runs once over one document with a probe in place of its attention: the probe takes the layer's
     own arguments and the mask that the model makes for eager attention, and compares both functions on random
     queries, keys and values. `longest`: the longest document of the run; a window that none exceeds needs no
-    proof. Raises StartupError where they differ, or where a model that is to be packed does not use the registry.
+    proof. `beyond`: the document is longer than this many tokens, where the run has such documents. Raises
+    StartupError where they differ, or where a model that is to be packed does not use the registry.
     """
     causal = causal_lm(model)
-    tokens = min(max(LONG, *_windows(causal.config)) + 32, longest, LONGEST_CHECK)
+    # A foreign class: not every architecture bounds its positions.
+    positions = getattr(causal.config.get_text_config(decoder=True), "max_position_embeddings", LONGEST_CHECK)
+    beyond = max(0, min(beyond, positions - 32))
+    tokens = min(max([beyond, *_windows(causal.config)]) + 32, longest, LONGEST_CHECK)
     documents = Documents.of_lengths([tokens], device)
     ids = _random_ids(tokens, vocabulary, device)
     probe = _Probe(backend)

@@ -6,7 +6,8 @@ The rows are the three sources of the real chat data, the tokenizer an 8k BPE tr
 `datasets.map` with hand-set `{% generation %}` tags around what is trained, so that `return_assistant_tokens_mask`
 works. Ours starts from the raw JSON lines and also parses, hashes and proves every row; the map starts from an Arrow
 table. Rows whose ids or masks differ between the two are counted ("rows that differ"). Each round runs both, one
-after the other, processes started anew; the Rust tokenizer uses one thread a process on both sides. Writes to benchmarks/results/.
+after the other, processes started anew; the Rust tokenizer uses one thread a process on both sides. Writes to
+benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from sftdist.model import cost
 from sftdist.model.backends.registry import open_backend
 from sftdist.model.checks import check_isolation, check_logits, check_parity
 from sftdist.training.build import Trained, memory_setup
+from sftdist.training.engine import Engine
 from sftdist.training.meter import memory_gib
 from sftdist.training.startup import (
     Check,
@@ -90,7 +91,7 @@ def contract(
         return probe_figures(cfg, corpus, plan, trained, world)
 
     def save_figures() -> str:
-        return trial_save(trained, run_dir, world, cfg.checkpoint.grace_seconds)
+        return trial_save(engine, run_dir, world, cfg.checkpoint.grace_seconds)
 
     return [
         Check("one configuration", lambda: same_on_every_rank(world, "the configuration", config_hash(cfg))),
@@ -208,14 +209,14 @@ def costliest_pack(corpus: Corpus, pack_tokens: int) -> Batch:
     return pack_documents(chosen)
 
 
-def trial_save(trained: Trained, run_dir: Path, world: World, grace_seconds: float) -> str:
+def trial_save(engine: Engine, run_dir: Path, world: World, grace_seconds: float) -> str:
     """Save, read back and compare some parameters; their speed gives the time of a whole save."""
-    shapes = trained.engine.shapes()
-    copies = 1 + len(trained.engine.optimizer.moments)
+    shapes = engine.shapes()
+    copies = 1 + len(engine.optimizer.moments)
     whole = 4 * copies * sum(shape.numel() for shape in shapes.values())
     started, written = time.perf_counter(), 0
     piece: dict[str, torch.Tensor] = {}
-    for name, tensors in trained.engine.state():
+    for name, tensors in engine.state():
         piece |= {f"{name}|{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         written = sum(tensor.nbytes for tensor in piece.values())
         if written >= TRIAL_BYTES:

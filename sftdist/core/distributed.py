@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sftdist.core.errors import ConfigError, SftdistError, StartupError
 from sftdist.core.peers import PeerError, Peers, print_death
+from sftdist.core.progress import Progress
 
 # DeepSpeed looks for its accelerator when it is imported, and says loudly that it found none.
 if not torch.cuda.is_available():
@@ -45,6 +46,8 @@ class World:
     local_rank: int
     device: torch.device
     peers: Peers | None = field(default=None, repr=False, compare=False)
+    group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    progress: Progress = field(default_factory=Progress, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +57,7 @@ class World:
         """The sum over ranks, as a new tensor of the same shape, dtype and device."""
         total = tensor.detach().clone()
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total
 
     def all_reduce_max(self, value: float) -> float:
@@ -62,7 +65,7 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return float(tensor)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -70,7 +73,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -78,7 +81,7 @@ class World:
         if self.size == 1:
             return value
         values = [value if self.is_main else None]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def barrier(self) -> None:
@@ -88,6 +91,14 @@ class World:
     def agree(self, ok: bool) -> bool:
         """True where every rank says True."""
         return self.all_reduce_max(0.0 if ok else 1.0) == 0.0
+
+    def beside(self) -> World:
+        """The same ranks with a process group (gloo) of their own, whose collectives a thread may use while the main
+        thread uses this one's. A collective."""
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def fail(self, text: str) -> bool:
         """Tell the other ranks that this one cannot go on; they end within seconds. True for the first to say so."""

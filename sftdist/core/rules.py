@@ -31,15 +31,18 @@ AT_LEAST = {
     "optimizer.max_grad_norm": 0,
     "checkpoint.every_steps": 0,
     "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
     "eval.every_steps": 0,
     "eval.max_conversations": 1,
     "launch.nproc": 1,
+    "launch.max_restarts": 0,
     "limit": 1,
     "cluster.gpus": 1,
 }
 ABOVE_ZERO = (
     *("data.temperature", "data.max_passes", "train.epochs", "tune.alpha", "optimizer.lr", "optimizer.eps"),
     *("checkpoint.grace_seconds", "export.shard_gib", "cluster.memory_gib"),
+    *("launch.lost_seconds", "launch.hang_seconds"),
 )
 # key: whether 1 itself is allowed
 FRACTIONS = {
@@ -69,7 +72,7 @@ def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
     if complete:
         issues += _completeness(cfg)
     if not isinstance(cfg, DataConfig):
-        issues += [*_steps(cfg), *_engine(cfg)]
+        issues += [*_steps(cfg), *_engine(cfg), *_checkpoints(cfg)]
     return issues
 
 
@@ -197,6 +200,15 @@ def _engine(cfg: TrainConfig) -> Iterator[str]:
         yield "tune.dora=true with zero.stage=3: DoRA needs whole weights on each rank; set zero.stage=2"
     if cfg.tune.method == Method.full and (cfg.tune.dora or cfg.tune.rslora):
         yield "tune.dora and tune.rslora are kinds of LoRA; set tune.method=lora or remove them"
+
+
+def _checkpoints(cfg: TrainConfig) -> Iterator[str]:
+    save, evaluate = cfg.checkpoint.every_steps, cfg.eval.every_steps
+    if cfg.checkpoint.keep_best and not (save > 0 and evaluate > 0 and evaluate % save == 0):
+        yield (
+            f"checkpoint.keep_best: given eval.every_steps={evaluate} and checkpoint.every_steps={save}, required that "
+            "every evaluated step has a checkpoint; set checkpoint.every_steps to a divisor of eval.every_steps"
+        )
 
 
 def _run(cfg: TrainConfig) -> Iterator[str]:

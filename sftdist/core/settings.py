@@ -207,6 +207,9 @@ class OptimizerSettings:
 class CheckpointSettings:
     every_steps: int = 100  # 0: never, but for the one at the end
     keep_last: int = 2
+    keep_every: int = 0  # checkpoints of steps divisible by this stay, too; 0: none
+    keep_best: bool = False  # the one with the lowest eval/loss stays, too
+    background: bool = False  # train on while a checkpoint is written; takes host memory for one checkpoint
     grace_seconds: float = 300.0
 
 
@@ -228,6 +231,9 @@ class TrackingSettings:
 @dataclass(kw_only=True)
 class LaunchSettings:
     nproc: int | None = None  # default: one rank per GPU, else one
+    max_restarts: int = 0  # how often the ranks are started again after a failure that may pass
+    lost_seconds: float = 60.0  # a rank or host that is not heard of for so long has failed
+    hang_seconds: float = 1800.0  # a rank that does not get on for so long has failed
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,35 @@
+"""What this process is doing right now: a failure report names it, and the hang watch sees when it stops getting on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Activity:
+    """`step`: the optimizer step under way, counted from 1; `rows`: the ids of its rows over all ranks; `since`: when
+    it began, by `time.monotonic`; `count`: how many activities this process has begun."""
+
+    phase: str = "starting"
+    step: int | None = None
+    rows: tuple[str, ...] = ()
+    since: float = field(default_factory=time.monotonic)
+    count: int = 0
+
+
+class Progress:
+    """Written by the main thread, read by the threads that watch it."""
+
+    def __init__(self) -> None:
+        self.now = Activity()
+
+    def begin_step(self, step: int, rows: Sequence[str]) -> None:
+        """A new optimizer step over these rows."""
+        self.now = Activity("fetching its packs", step, tuple(rows), count=self.now.count + 1)
+
+    def note(self, phase: str) -> None:
+        """The same step goes on with something else: "forward and backward", "saving", ..."""
+        before = self.now
+        self.now = Activity(phase, before.step, before.rows, count=before.count + 1)

@@ -18,9 +18,9 @@ from typing import Any
 from transformers.utils import logging
 
 from sftdist.assets import quickstart
-from sftdist.core import agent, config, ledger, snapshot
+from sftdist.core import agent, config, snapshot
 from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session
-from sftdist.core.errors import ConfigError, DataAbsentError, SftdistError, TrainingError
+from sftdist.core.errors import SftdistError, TrainingError
 from sftdist.core.peers import print_death
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import read_json, read_jsonl, sha256_file, write_json
@@ -35,22 +35,20 @@ from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
-from sftdist.model import cost
 from sftdist.training.build import (
     Trained,
     build_trained,
     cost_model,
-    memory_setup,
     model_config,
-    planned_config,
-    planned_trainable,
     special_ids,
 )
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
+from sftdist.training.dry_run import print_plan
+from sftdist.training.ending import ending, record_in_ledger
 from sftdist.training.export import ExportSpec, export_model
-from sftdist.training.loop import Calls, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
+from sftdist.training.loop import Calls, Flags, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.optimizer import lr_at
@@ -60,7 +58,6 @@ from sftdist.training.wandb_process import open_wandb
 from sftdist.training.zero_config import override_issues
 
 MODULE = "sftdist.train"
-LEDGER = "ledger.jsonl"  # beside the run directories
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def engine_issues(cfg: TrainConfig) -> list[str]:
 def start(cfg: TrainConfig) -> int:
     """`sftdist train`: print the plan, or prepare small data and start the ranks of this machine."""
     if cfg.dry_run:
-        print_plan(cfg)
+        print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
     run_dir = Path(str(cfg.run.dir))
     refuse_other_config(cfg, run_dir)
@@ -101,7 +98,7 @@ def run_rank(cfg: TrainConfig) -> int:
     die_with_parent()
     if cfg.dry_run:
         if os.environ["RANK"] == "0":
-            print_plan(cfg)
+            print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
     run(cfg)
     return agent.DONE
@@ -241,20 +238,23 @@ def run_loop(
         print("no validation rows: nothing is evaluated (data.val, data.val_fraction)", flush=True)
 
     def begin(step: Step) -> None:
+        world.progress.begin_step(step.step + 1, step.row_ids)
         tracker.rows_of(step.step + 1, step.row_ids)
 
     def track(state: TrainState, done: StepDone) -> None:
         tracker.report({"kind": "train", **meter.line(facts(state, done, world))})
 
     def save(state: TrainState) -> None:
+        world.progress.note("saving a checkpoint")
         tracker.sync()
         checkpoints.save(engine, {"run": asdict(state), "data": loader.state()}, state.step)
 
-    def evaluate(state: TrainState) -> None:
+    def evaluate(state: TrainState) -> bool:
         if batches:
             names = [store.name for store in validation_sources(corpus)]
             figures = evaluate_loss(engine.evaluate, batches, world, names)
             tracker.report({"kind": "eval", "step": state.step, **figures})
+        return True
 
     spec = LoopSpec(steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
     if (
@@ -263,7 +263,7 @@ def run_loop(
         and not world.broadcast_object(evaluated(Path(str(cfg.run.dir)), state))
     ):
         evaluate(state)  # the run ended between a checkpoint and its evaluation
-    calls = Calls(lambda: stop.requested, begin, track, save, evaluate)
+    calls = Calls(lambda: Flags(stop.requested), begin, track, save, lambda: None, evaluate)
     return run_steps(engine, loader, world, spec, state, calls)
 
 
@@ -370,64 +370,6 @@ def finish(
         print(ending(run_dir, name, state.step), flush=True)
     world.barrier()  # nobody leaves before the file says how it ended
     return TrainResult("preempted" if stopped else "done", state.step, run_dir, export)
-
-
-def ending(run_dir: Path, state: str, step: int) -> str:
-    """The last line of a run: where its model is, or how it goes on."""
-    if state == "preempted":
-        return f"stopped after step {step} with everything saved; run the same command again to go on"
-    return f"done after step {step}: the verified model is in {run_dir / 'export'}"
-
-
-def record_in_ledger(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> None:
-    """One line per start. A ledger that cannot be written costs a line on the screen, not a finished run."""
-    path = Path(str(cfg.run.dir)).parent / LEDGER
-    try:
-        ledger.record(path, ledger_entry(cfg, corpus, outcome, state))
-    except OSError as error:
-        print(f"{path}: this run is not in the ledger ({error})", flush=True)
-
-
-def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> dict[str, Any]:
-    """What the ledger keeps of a run: enough to say later what it was trained on, by which code, and how it ended."""
-    return {
-        "run": cfg.run.name,
-        "dir": str(cfg.run.dir),
-        "note": cfg.run.note,
-        "outcome": outcome,
-        "config": snapshot.config_hash(cfg),
-        "data": {store.name: store.manifest["key"] for store in corpus.stores},
-        "git": ledger.git_state(),
-        "versions": ledger.versions(),
-        **asdict(state),
-    }
-
-
-def print_plan(cfg: TrainConfig) -> None:
-    """`dry_run`: what the run would do, counted where its data is there."""
-    print(f"configuration {snapshot.config_hash(cfg)[:12]} is complete; run directory {cfg.run.dir}")
-    shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
-    setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=planned_trainable(cfg, shape))
-    need = cost.total(cost.memory(shape, setup)) / cost.GIB
-    print(f"{cost.parameters(shape).total:,} parameters, about {need:.1f} GiB on each of {ranks(cfg)} ranks")
-    try:
-        prepared = ready_data(cfg)
-    except (DataAbsentError, ConfigError) as error:
-        # A preset that brings its own shape is planned without its weights and tokenizer, which may be out of reach.
-        if isinstance(error, ConfigError) and cfg.model.shape is None:
-            raise
-        print(f"no plan of the steps yet: {error}", flush=True)
-        return
-    corpus = corpus_of(cfg, prepared)
-    exact = planned_config(cfg, len(corpus.template.tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune.method, corpus.supervised_share))
-    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
-        print(line, flush=True)
-
-
-def ranks(cfg: TrainConfig) -> int:
-    """How many ranks this command would train on."""
-    return int(os.environ.get("WORLD_SIZE", agent.ranks_here(cfg.launch.nproc)))
 
 
 def silent(text: str) -> None:

@@ -36,16 +36,24 @@ class TrainState:
 
 
 @dataclass(frozen=True)
+class Flags:
+    """What one rank has to tell all: it was asked to stop, or its part of a background save has failed."""
+
+    stop: bool = False
+    save_failed: bool = False
+
+
+@dataclass(frozen=True)
 class StepLosses:
     """Sums over all ranks and micro-batches of one step: Σ w·ce and Σ w per source, in float64.
 
-    `stop` is true on every rank when any rank was asked to stop: the question travels with the sums, so that a
-    step costs one collective and one read from the device.
+    `any_rank`: the flags of all ranks, or-ed. They travel with the sums, so that a step costs one collective and one
+    read from the device.
     """
 
     sums: list[float]
     weights: list[float]
-    stop: bool
+    any_rank: Flags
     data_wait_seconds: float
 
     def mean(self, denominator: float) -> float:
@@ -75,14 +83,15 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Calls:
-    """What the loop calls: was this rank asked to stop, the rows of a step before it is tried, its figures after it,
-    a checkpoint, an evaluation."""
+    """What the loop calls: the flags of this rank, the rows of a step before it is tried, its figures after it, a
+    checkpoint, the end of a save in the background, an evaluation (false: given up because of a stop)."""
 
-    stop_requested: Callable[[], bool]
+    flags: Callable[[], Flags]
     begin: Callable[[Step], None]
     track: Callable[[TrainState, StepDone], None]
     save: Callable[[TrainState], None]
-    evaluate: Callable[[TrainState], None]
+    settle: Callable[[], None]
+    evaluate: Callable[[TrainState], bool]
 
 
 def run_steps(
@@ -90,33 +99,41 @@ def run_steps(
 ) -> tuple[TrainState, bool]:
     """Run optimizer steps to `spec.steps`, or until every rank agrees to stop; returns whether it was stopped.
 
-    Raises `TrainingError` on every rank when a loss or a gradient is not finite, before the weights change.
+    Raises `TrainingError` on every rank when a loss or a gradient is not finite, before the weights change, and
+    `CheckpointError` on every rank at the step after a save in the background has failed.
     """
     while state.step < spec.steps:
         started = time.perf_counter()
+        world.progress.note("waiting for the packs of the next step")
         step, lr = loader.take(), spec.lr_at(state.step)
         calls.begin(step)
-        losses, outcome = update(engine, step, world, lr, calls.stop_requested)
+        losses, outcome = update(engine, step, world, lr, calls.flags)
         state = state.after(step)
         calls.track(state, StepDone(step, losses, outcome, lr, time.perf_counter() - started))
-        last = state.step == spec.steps
+        if losses.any_rank.save_failed:
+            calls.settle()
+        stop, last = losses.any_rank.stop, state.step == spec.steps
         # Before any evaluation: a preempted job has little time left.
-        if losses.stop or last or due(spec.save_every, state.step):
+        saved = stop or last or due(spec.save_every, state.step)
+        if saved:
             calls.save(state)
-        if losses.stop and not last:
+        if stop and not last:
             return state, True
-        if evaluation_is_due(spec, state):
-            calls.evaluate(state)
+        if evaluation_is_due(spec, state) and not calls.evaluate(state):
+            if not saved:
+                calls.save(state)
+            return state, True
     return state, False
 
 
 def update(
-    engine: Engine, step: Step, world: World, lr: float, stop_requested: Callable[[], bool]
+    engine: Engine, step: Step, world: World, lr: float, flags: Callable[[], Flags]
 ) -> tuple[StepLosses, StepOutcome]:
     """One optimizer step. An fp16 overflow halves the loss scale and leaves the weights: the same packs run again."""
     while True:
-        losses = run_micro_batches(engine, step, world, stop_requested)
+        losses = run_micro_batches(engine, step, world, flags)
         require_finite(losses, step)
+        world.progress.note("updating the weights")
         try:
             outcome = engine.step(lr)
         except TrainingError as error:
@@ -141,23 +158,27 @@ def named_rows(step: Step) -> str:
     return f"Rows of this step: {', '.join(step.row_ids[:20])}{more} (all of them in log/rows.jsonl)."
 
 
-def run_micro_batches(engine: Engine, step: Step, world: World, stop_requested: Callable[[], bool]) -> StepLosses:
+def run_micro_batches(engine: Engine, step: Step, world: World, flags: Callable[[], Flags]) -> StepLosses:
     """Forward and backward of this rank's packs; the gradient is that of Σ w·ce / denominator over all ranks."""
     scale = world.size / step.denominator
     sums: Any = 0.0
     weights: Any = 0.0
     for index, batch in enumerate(step.micro):
+        world.progress.note(f"forward and backward {index + 1} of {len(step.micro)}")
         output = engine.forward_backward(batch, scale=scale, last=index == len(step.micro) - 1)
         sums = sums + output.per_source.double()
         weights = weights + output.counts.double()
-    asked = torch.tensor([float(stop_requested()), step.data_wait_seconds], dtype=torch.float64, device=sums.device)
-    total = world.all_reduce_sum(torch.cat([sums, weights, asked])).tolist()
+    mine = flags()
+    told = [float(mine.stop), float(mine.save_failed), step.data_wait_seconds]
+    extra = torch.tensor(told, dtype=torch.float64, device=sums.device)
+    total = world.all_reduce_sum(torch.cat([sums, weights, extra])).tolist()
     sources = len(sums)
+    stop, save_failed, waited = total[2 * sources :]
     return StepLosses(
         sums=total[:sources],
         weights=total[sources : 2 * sources],
-        stop=total[-2] > 0,
-        data_wait_seconds=total[-1] / world.size,
+        any_rank=Flags(stop > 0, save_failed > 0),
+        data_wait_seconds=waited / world.size,
     )
 
 

@@ -1,0 +1,44 @@
+"""What a run would do: its size and its plan, without weights, ranks or a run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from sftdist.core import agent, snapshot
+from sftdist.core.errors import ConfigError, DataAbsentError
+from sftdist.core.settings import TrainConfig
+from sftdist.data.corpus import overlong_lines
+from sftdist.data.pipeline import Prepared
+from sftdist.data.plan import Plan
+from sftdist.data.planned import corpus_of, plan_spec
+from sftdist.data.summary import describe_plan
+from sftdist.model import cost
+from sftdist.training.build import cost_model, memory_setup, planned_config, planned_trainable
+
+
+def print_plan(cfg: TrainConfig, ready: Callable[[], Prepared]) -> None:
+    """`dry_run`: what the run would do, counted where its data is there; `ready` finds or makes the stores."""
+    print(f"configuration {snapshot.config_hash(cfg)[:12]} is complete; run directory {cfg.run.dir}")
+    shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=planned_trainable(cfg, shape))
+    need = cost.total(cost.memory(shape, setup)) / cost.GIB
+    print(f"{cost.parameters(shape).total:,} parameters, about {need:.1f} GiB on each of {ranks(cfg)} ranks")
+    try:
+        prepared = ready()
+    except (DataAbsentError, ConfigError) as error:
+        # A preset that brings its own shape is planned without its weights and tokenizer, which may be out of reach.
+        if isinstance(error, ConfigError) and cfg.model.shape is None:
+            raise
+        print(f"no plan of the steps yet: {error}", flush=True)
+        return
+    corpus = corpus_of(cfg, prepared)
+    exact = planned_config(cfg, len(corpus.template.tokenizer))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune.method, corpus.supervised_share))
+    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
+        print(line, flush=True)
+
+
+def ranks(cfg: TrainConfig) -> int:
+    """How many ranks this command would train on."""
+    return int(os.environ.get("WORLD_SIZE", agent.ranks_here(cfg.launch.nproc)))

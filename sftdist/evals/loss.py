@@ -22,15 +22,24 @@ Pack = list[int]  # positions in `lengths`; an empty pack has no row and joins t
 
 
 def evaluate_loss(
-    forward: Callable[[BatchType], LossOutput], batches: Iterable[BatchType], world: World, sources: Sequence[str]
-) -> dict[str, float]:
-    """`eval/loss`, and `eval/loss/<source>` for each source that has a target.
+    forward: Callable[[BatchType], LossOutput],
+    batches: Iterable[BatchType],
+    world: World,
+    sources: Sequence[str],
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, float] | None:
+    """`eval/loss`, and `eval/loss/<source>` for each source that has a target; None where it was stopped.
 
     `forward` gives the sums of one batch without a graph. Every rank calls this with the same number of batches
-    (`evaluation_packs`), also a rank that has no row. Raises DataError where nothing is supervised.
+    (`evaluation_packs`), also a rank that has no row. `stop` says whether this rank was asked to stop: before each
+    batch the ranks compare notes, and where any was asked, all of them leave. Raises DataError where nothing is
+    supervised.
     """
     sums = torch.zeros(2, len(sources), dtype=torch.float64, device=world.device)
     for batch in batches:
+        world.progress.note("evaluating")
+        if stop is not None and world.all_reduce_max(float(stop())) > 0:
+            return None
         output = forward(batch)
         sums += torch.stack([output.per_source, output.counts])[:, : len(sources)].to(sums)
     losses, weights = world.all_reduce_sum(sums).tolist()

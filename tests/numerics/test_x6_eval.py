@@ -59,8 +59,25 @@ def evaluate(world: World) -> Result:
     for tokens, packing in SETTINGS:
         packs = evaluation_packs(np.array(LENGTHS), tokens, world.size, packing=packing)[world.rank]
         batches = [join([rows[index] for index in pack]) for pack in packs]
-        results[tokens, packing] = evaluate_loss(forward, batches, world, SOURCES)
+        figures = evaluate_loss(forward, batches, world, SOURCES)
+        assert figures is not None
+        results[tokens, packing] = figures
     return results
+
+
+def evaluate_until_stopped(world: World) -> tuple[int, bool]:
+    """Only rank 1 is asked to stop, after its second batch; how many batches this rank ran, and whether it left."""
+    ran: list[Row] = []
+
+    def counted(row: Row) -> LossOutput:
+        ran.append(row)
+        return forward(row)
+
+    packs = evaluation_packs(np.array(LENGTHS), 1, world.size, packing=False)[world.rank]
+    batches = [join([documents()[index] for index in pack]) for pack in packs]
+    assert len(batches) == 4
+    figures = evaluate_loss(counted, batches, world, SOURCES, stop=lambda: world.rank == 1 and len(ran) == 2)
+    return len(ran), figures is None
 
 
 def evaluate_by_means(world: World) -> Result:
@@ -108,3 +125,7 @@ def test_evaluation_loss_is_the_same_for_packs_and_ranks_and_a_mean_of_means_is_
     assert all(rank == right[0] for rank in right)
     assert worst_error(right) < TOLERANCE
     assert worst_error(wrong) > 1_000 * TOLERANCE
+
+
+def test_all_ranks_leave_an_evaluation_when_one_is_asked_to_stop() -> None:
+    assert run_ranks(evaluate_until_stopped, 2) == [(2, True), (2, True)]

@@ -61,3 +61,22 @@ def test_loss_is_one_division_and_an_absent_source_has_none() -> None:
 def test_nothing_supervised_is_refused() -> None:
     with pytest.raises(DataError, match=r"no token .* is supervised.*eval\.every_steps=0"):
         evaluate_loss(lambda batch: batch, [output([0.0], [0.0])], ALONE, ["a"])
+
+
+def test_a_stop_ends_the_evaluation_before_the_next_batch() -> None:
+    seen: list[LossOutput] = []
+
+    def forward(batch: LossOutput) -> LossOutput:
+        seen.append(batch)
+        return batch
+
+    batches = [output([6.0], [2.0])] * 5
+    assert evaluate_loss(forward, batches, ALONE, ["a"], stop=lambda: len(seen) == 2) is None
+    assert len(seen) == 2
+    assert evaluate_loss(forward, batches, ALONE, ["a"], stop=lambda: False) == {"eval/loss": 3.0, "eval/loss/a": 3.0}
+
+
+def test_a_watcher_sees_each_batch() -> None:
+    before = ALONE.progress.now.count
+    evaluate_loss(lambda batch: batch, [output([6.0], [2.0])] * 5, ALONE, ["a"])
+    assert (ALONE.progress.now.phase, ALONE.progress.now.count) == ("evaluating", before + 5)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -25,13 +26,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, restart_count, stops_at_once
+from sftdist.core.start import START_VARIABLE, this_start
 from sftdist.core.storage import read_json, write_json
 
 DONE, FAILED, BAD_CONFIG, BAD_DATA, GATE, PREEMPTED = 0, 1, 2, 3, 4, 75
 STATUS = "status.json"
-START_VARIABLE = "SFTDIST_START"  # names one start of the agent: its status is told from another's
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-_CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
 def write_status(
@@ -46,11 +46,12 @@ def write_status(
 ) -> None:
     """Replace `run_dir/status.json`. `state`: running, done, failed or preempted; `code`: the exit code.
 
-    `retry=False` marks a failure that a restart would only meet again (a non-finite step).
+    While it is running, `code` is the one that applies if a signal ends it there: PREEMPTED where nothing would be
+    lost, else FAILED. `retry=False` marks a failure that a restart would only meet again (a non-finite step).
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     status = {"state": state, "code": code, "reason": reason, "step": step, "rank": rank, "retry": retry}
-    status["start"] = os.environ.get(START_VARIABLE)
+    status["start"] = this_start()
     write_json(run_dir / STATUS, status)
 
 
@@ -63,10 +64,13 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 def restart_refused(run_dir: Path) -> dict[str, Any] | None:
     """The status that a worker group restarted by torchrun must not train over, else None.
 
-    Bad configuration, bad data, a preemption and a failure marked `retry=False` would only happen again.
+    Bad configuration, bad data, a preemption and a failure marked `retry=False` would only happen again. What an
+    earlier start left does not count: its preemption is no reason not to try again now.
     """
-    status = read_status(run_dir) if restart_count() else None
-    final = status is not None and (status["code"] in (DONE, BAD_CONFIG, BAD_DATA, PREEMPTED) or not status["retry"])
+    status = _status_of(run_dir, this_start()) if restart_count() else None
+    if status is None or status["state"] == "running":
+        return None
+    final = status["code"] in (DONE, BAD_CONFIG, BAD_DATA, PREEMPTED) or not status["retry"]
     return status if final else None
 
 
@@ -83,18 +87,20 @@ def idle_gpus(module: str, argv: Sequence[str]) -> str | None:
     return f"torchrun --nproc-per-node {gpus} -m {module} {shlex.join(argv)}"
 
 
-def launch(module: str, argv: Sequence[str], nproc: int, run_dir: Path, grace_seconds: float) -> int:
+def launch(
+    module: str, argv: Sequence[str], nproc: int, run_dir: Path, grace_seconds: float, max_restarts: int = 0
+) -> int:
     """Run `python -m module argv` on `nproc` ranks under torchrun's agent; the exit code from `run_dir/status.json`.
 
     Stop signals are passed on once, so that a cluster that signals every process cannot cut a save short; a second
-    Ctrl-C is passed on, too. The ranks have `grace_seconds` to save after a signal. The agent and the ranks die with
-    this process.
+    Ctrl-C is passed on, too, and ends the ranks at once. The ranks have `grace_seconds` to save after a signal; after
+    a failure they are started again up to `max_restarts` times. The agent and the ranks die with this process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     start = uuid.uuid4().hex
     command = [
         *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), "--standalone"),
-        *("--nproc-per-node", str(nproc), "--signals-to-handle", FORWARDED),
+        *("--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts), "--signals-to-handle", FORWARDED),
         *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module, *argv),
     ]
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
@@ -136,41 +142,72 @@ def _exit_code(run_dir: Path, start: str | None, returned: int, *, stopped: bool
     status = _status_of(run_dir, start)
     if status is not None and status["state"] != "running":
         return int(status["code"])
-    if returned == 0:
+    if returned == DONE:
         return DONE
-    if stopped and status is None:
-        if read_status(run_dir) is None:
-            write_status(run_dir, "preempted", PREEMPTED, "stopped before training began; run again to start")
+    stopped = stopped or returned == PREEMPTED
+    if stopped and (status is None or status["code"] == PREEMPTED):
+        if status is not None or read_status(run_dir) is None:
+            reason = "stopped where nothing could be lost; run the same command again to go on"
+            write_status(run_dir, "preempted", PREEMPTED, reason)
         return PREEMPTED
-    if status is not None:
-        reason = f"the ranks ended without a final status (torchrun's agent: {returned})"
+    if status is not None:  # without one this start never held the run directory
+        reason = _CUT if stopped else f"the ranks ended without a final status (torchrun's agent: {returned})"
         write_status(run_dir, "failed", FAILED, reason)
+        print(f"sftdist: error: {reason}", file=sys.stderr, flush=True)
     return FAILED
 
 
+_CUT = (
+    "the ranks were stopped before their save was complete, by a second Ctrl-C or after checkpoint.grace_seconds; the "
+    "earlier checkpoints are untouched. Run the same command again to go on from the last one, with more grace if a "
+    "save needs it."
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m sftdist.core.agent RUN_DIR TORCHRUN-ARGUMENTS`: torchrun that says in one line what ended a rank."""
+    """`python -m sftdist.core.agent RUN_DIR TORCHRUN-ARGUMENTS`: torchrun whose last lines say what ended a rank."""
     die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     folder, *arguments = sys.argv[1:] if argv is None else argv
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    oom_kills = _oom_kills()
+    options = torchrun.parse_args(arguments)
+    killed_before = _oom_kills()
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        torchrun.run(options)
     except SignalException:
+        _outlast_ranks(options.shutdown_timeout)
         return FAILED
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode != -9, item[1].timestamp))
-        _report(Path(folder), rank, failure, out_of_memory=_oom_kills() > oom_kills)
-        return FAILED
+        return _report(Path(folder), rank, failure, out_of_memory=_oom_kills() > killed_before)
     return DONE
 
 
-def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory: bool) -> None:
-    """Say what ended a rank that had no time to say so itself."""
-    status = _status_of(run_dir, os.environ.get(START_VARIABLE))
+def _outlast_ranks(seconds: float) -> None:
+    """Wait for ranks that are still saving.
+
+    torchrun waits for them after a first and a second signal and leaves at a third, and the ranks die with it. Where
+    a cluster signals every process, this one gets each signal twice: its own, and what the launcher passes on.
+    """
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.1)
+        except ChildProcessError:
+            return
+
+
+def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory: bool) -> int:
+    """Say what ended the ranks: what the first one that failed has left, or what is known of one that had no time to
+    speak. The code that this process ends with: PREEMPTED where a rank did not yet take a stop signal over."""
+    status = _status_of(run_dir, this_start())
     if status is not None and status["state"] != "running":
-        return
+        return FAILED
+    if -failure.exitcode in STOP_SIGNALS:
+        return PREEMPTED
     if failure.exitcode < 0:
         reason = f"rank {rank} (process {failure.pid}) was ended by {failure.signal_name()}"
     else:
@@ -180,15 +217,17 @@ def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory:
     elif failure.exitcode == -signal.SIGKILL:
         reason += ": someone or the kernel killed it; look at the host's memory and at the scheduler's log"
     print(f"sftdist: error: {reason}; its last lines are above", file=sys.stderr, flush=True)
-    if status is not None:  # without one this start never held the run directory
+    if status is not None:
         write_status(run_dir, "failed", FAILED, reason, step=status["step"], rank=rank)
+    return FAILED
 
 
 def _oom_kills() -> int:
     """How often the kernel has killed a process of this control group for memory (0 where it does not say)."""
-    if not _CGROUP_EVENTS.is_file():
+    events = Path("/sys/fs/cgroup/memory.events")
+    if not events.is_file():
         return 0
-    return sum(int(line.split()[1]) for line in _CGROUP_EVENTS.read_text().splitlines() if line.startswith("oom_kill "))
+    return sum(int(line.split()[1]) for line in events.read_text().splitlines() if line.startswith("oom_kill "))
 
 
 if __name__ == "__main__":

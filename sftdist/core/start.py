@@ -1,0 +1,24 @@
+"""Which start of the ranks this process belongs to: what an earlier start has left is told from its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+START_VARIABLE = "SFTDIST_START"  # the name that `agent.launch` gives to one start of the agent
+
+
+def this_start() -> str | None:
+    """The same text in every process and every restart of one torchrun agent; None without an agent.
+
+    Under a torchrun that `agent.launch` has not started it is the agent's host, process and the time it began (in
+    containers the process ids of two starts are often equal).
+    """
+    given = os.environ.get(START_VARIABLE)
+    if given is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return given
+    agent = os.getppid()
+    stat = Path(f"/proc/{agent}/stat")
+    began = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "?"  # field 22 of proc(5)
+    return f"{socket.gethostname()}/{agent}/{began}"

@@ -52,8 +52,9 @@ from sftdist.training.loop import Calls, Flags, LoopSpec, StepDone, TrainState, 
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.optimizer import lr_at
+from sftdist.training.retention import Keep
 from sftdist.training.startup import run_checks
-from sftdist.training.tracking import METRICS, Tracker, open_tracker
+from sftdist.training.tracking import METRICS, Tracker, evaluation_losses, open_tracker
 from sftdist.training.wandb_process import open_wandb
 from sftdist.training.zero_config import override_issues
 
@@ -186,9 +187,9 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints", cfg.checkpoint.keep_last, base=base_of(cfg, trained.commit, world)
-    )
+    best = partial(evaluation_losses, run_dir) if cfg.checkpoint.keep_best else None
+    keep = Keep(cfg.checkpoint.keep_last, cfg.checkpoint.keep_every, best)
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep, base=base_of(cfg, trained.commit, world))
     saved = checkpoints.load_latest(trained.engine, say)
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:

@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
-    _fsync_path(path.parent)
+    fsync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -115,15 +115,32 @@ def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None =
 def commit_directory(temp: Path, final: Path) -> bool:
     """Flush everything below `temp` to disk, then rename it to `final`; False where `final` is already there."""
     for path in [*temp.rglob("*"), temp]:
-        _fsync_path(path)
+        fsync(path)
     try:
         temp.rename(final)
     except OSError:
         if not final.is_dir():
             raise
         return False
-    _fsync_path(final.parent)
+    fsync(final.parent)
     return True
+
+
+def remove_directory(path: Path) -> None:
+    """Rename first, so that a half-removed directory is never taken for a whole one."""
+    dying = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(dying, ignore_errors=True)
+    path.rename(dying)
+    shutil.rmtree(dying)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or a directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def verify_directory(path: Path, *, content: bool = True) -> list[str]:
@@ -166,11 +183,3 @@ def _cut_torn_line(descriptor: int) -> None:
         end -= 1
     if end != size:
         os.ftruncate(descriptor, end)
-
-
-def _fsync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

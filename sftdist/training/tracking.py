@@ -110,6 +110,13 @@ def cut(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
+def evaluation_losses(run_dir: Path) -> dict[int, float]:
+    """`eval/loss` by step, from the whole lines of `metrics.jsonl`; nothing where there is no such file."""
+    path = run_dir / METRICS
+    lines = _whole_lines(path) if path.is_file() else iter(())
+    return {line["step"]: float(line["eval/loss"]) for _, line in lines if line["kind"] == "eval"}
+
+
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:

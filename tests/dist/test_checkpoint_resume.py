@@ -14,6 +14,7 @@ from sftdist.core.distributed import World
 from sftdist.model.lora import LoraSpec
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.engine import Engine
+from sftdist.training.retention import Keep
 from tests.ranks import run_ranks
 from tests.training_cases import ADAMW, SGD, Case, Run, make_engine, packs_of, train_step, weights_of
 
@@ -44,7 +45,7 @@ def begin(world: World, case: Case, folder: str) -> Run:
     torch.manual_seed(world.rank)
     engine = make_engine(case, world)
     continue_run(world, engine, 0, 2)
-    Checkpoints(Path(folder) / "checkpoints", keep_last=1).save(engine, {"marker": 7}, 2)
+    Checkpoints(Path(folder) / "checkpoints", Keep(1)).save(engine, {"marker": 7}, 2)
     losses, norms = continue_run(world, engine, 2, STEPS)
     run = Run(losses, norms, weights_of(engine))
     engine.close()
@@ -58,7 +59,7 @@ def resume(world: World, case: Case, folder: str, spoil: str = "") -> Run:
     """
     torch.manual_seed(1000 + world.rank)
     engine = make_engine(case, world)
-    state = Checkpoints(Path(folder) / "checkpoints", keep_last=1).load_latest(engine)
+    state = Checkpoints(Path(folder) / "checkpoints", Keep(1)).load_latest(engine)
     assert state is not None
     assert state["marker"] == 7
     assert state["checkpoint"]["step"] == 2

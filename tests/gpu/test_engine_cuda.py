@@ -12,6 +12,7 @@ import torch
 from sftdist.core.distributed import World
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.engine import StepOutcome
+from sftdist.training.retention import Keep
 from tests.ranks import run_ranks
 from tests.training_cases import (
     ADAMW,
@@ -79,7 +80,7 @@ def resumed(world: World, folder: str) -> list[tuple[float, float]]:
     """Per stage: the loss of step 3, uninterrupted and resumed after step 2."""
     losses = []
     for stage in STAGES:
-        checkpoints = Checkpoints(Path(folder) / str(stage), keep_last=1)
+        checkpoints = Checkpoints(Path(folder) / str(stage), Keep(1))
         case = Case(stage, "bf16", optimizer=ADAMW)
         engine = make_engine(case, world)
         for step in range(2):

@@ -15,16 +15,10 @@ import torch
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import read_json, write_json, write_manifest
-from sftdist.training.checkpoint import (
-    Checkpoints,
-    checkpoint_bytes,
-    checkpoints_in,
-    deal,
-    steps_in,
-    to_prune,
-    verify,
-)
+from sftdist.training.checkpoint import Checkpoints, checkpoint_bytes
+from sftdist.training.checkpoint_files import checkpoints_in, deal, find, steps_in, verify
 from sftdist.training.engine import Engine
+from sftdist.training.retention import Keep
 from tests.ranks import run_ranks
 from tests.training_cases import ADAMW, SGD, Case, make_engine, packs_of, train_step, weights_of
 
@@ -52,17 +46,6 @@ def file_size_limit(limit: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_steps_are_pruned_as_numbers() -> None:
-    assert to_prune([9000, 10000, 8000], newest=10000, keep_last=2) == [8000]
-    assert to_prune([5, 100, 20], newest=100, keep_last=1) == [5, 20]
-
-
-def test_the_step_just_written_stays_and_later_ones_go() -> None:
-    """Later steps did not verify when the run resumed; a plain "keep the largest" would remove the new one."""
-    assert to_prune([10, 20, 120, 130], newest=30, keep_last=2) == [120, 130]
-    assert 30 not in to_prune([30, 120], newest=30, keep_last=1)
-
-
 def test_parameters_are_dealt_by_size() -> None:
     shapes = {f"p{n}": torch.Size([size]) for n, size in enumerate([100, 1, 50, 50, 2, 3])}
     owners = deal(shapes, 2)
@@ -73,7 +56,7 @@ def test_parameters_are_dealt_by_size() -> None:
 
 def test_saved_and_loaded_state_is_the_same(tmp_path: Path) -> None:
     engine = trained(steps=2)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2, part_bytes=4096)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Keep(2), part_bytes=4096)
     path = checkpoints.save(engine, {"data": {"cursor": [1, 2]}}, 2)
     assert (tmp_path / "LATEST").read_text() == "checkpoints/step-00000002\n"
     assert len(list(path.glob("part-*"))) > 1
@@ -89,11 +72,11 @@ def test_saved_and_loaded_state_is_the_same(tmp_path: Path) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "checkpoints", keep_last=1).load_latest(trained(steps=0)) is None
+    assert Checkpoints(tmp_path / "checkpoints", Keep(1)).load_latest(trained(steps=0)) is None
 
 
 def test_keeps_the_last_ones(tmp_path: Path) -> None:
-    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", Keep(2))
     for step in (9, 10, 100):
         checkpoints.save(engine, {}, step)
     assert sorted(steps_in(tmp_path / "checkpoints")) == [10, 100]
@@ -103,9 +86,27 @@ def test_keeps_the_last_ones(tmp_path: Path) -> None:
     assert (infos[0].world_size, infos[0].stage) == (1, 0)
 
 
+def test_keeps_the_best_and_every_hundredth(tmp_path: Path) -> None:
+    engine, folder = trained(), tmp_path / "checkpoints"
+    losses: dict[int, float] = {}
+    checkpoints = Checkpoints(folder, Keep(1, every=100, best=lambda: losses))
+    for step, loss in ((10, 3.0), (100, 2.5), (110, 1.0), (120, 1.0), (130, 1.5)):
+        checkpoints.save(engine, {}, step)
+        losses[step] = loss  # a checkpoint is evaluated after it was written
+    assert sorted(steps_in(folder)) == [100, 110, 130]
+    assert find(tmp_path, "best", losses) == folder / "step-00000110"
+    assert find(tmp_path, "latest", {}) == folder / "step-00000130"
+    assert find(tmp_path, "100", {}) == folder / "step-00000100"
+    for which, known in (("120", losses), ("best", {}), ("newest", losses)):
+        with pytest.raises(CheckpointError, match=rf"checkpoint={which}: .*100.*, 110.*, 130"):
+            find(tmp_path, which, known)
+    with pytest.raises(CheckpointError, match="there is none"):
+        find(tmp_path / "elsewhere", "latest", losses)
+
+
 def test_a_flipped_byte_in_any_file_is_found_and_walked_back_from(tmp_path: Path) -> None:
     engine, folder = trained(), tmp_path / "checkpoints"
-    checkpoints = Checkpoints(folder, keep_last=2)
+    checkpoints = Checkpoints(folder, Keep(2))
     old = weights_of(engine)
     checkpoints.save(engine, {"which": "old"}, 1)
     train_step(engine, ALONE, packs_of(1), 1e-2)
@@ -125,7 +126,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_walked_back_from(tmp_path: Path
 
 
 def test_a_missing_file_is_found(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Keep(1))
     path = checkpoints.save(trained(), {}, 1)
     (path / "rng.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"rng\.safetensors"):
@@ -133,7 +134,7 @@ def test_a_missing_file_is_found(tmp_path: Path) -> None:
 
 
 def test_a_step_that_did_not_verify_is_written_again(tmp_path: Path) -> None:
-    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", Keep(1))
     path = checkpoints.save(engine, {}, 1)
     (path / "state.json").write_text("{")
     checkpoints.save(engine, {}, 1)
@@ -141,7 +142,7 @@ def test_a_step_that_did_not_verify_is_written_again(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
-    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", Keep(1))
     first = checkpoints.save(engine, {}, 1)
     with file_size_limit(20_000), pytest.raises(CheckpointError, match=r"rank 0: .*part-00000"):
         checkpoints.save(engine, {}, 2)
@@ -153,7 +154,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
 def one_full_disk(world: World, folder: str) -> tuple[str, list[str]]:
     engine = make_engine(replace(CASE, stage=2), world)
     train_step(engine, world, packs_of(0), 1e-2)
-    checkpoints = Checkpoints(Path(folder) / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints(Path(folder) / "checkpoints", Keep(1))
     checkpoints.save(engine, {}, 1)
     message = ""
     try:
@@ -179,7 +180,7 @@ def test_one_rank_that_cannot_write_stops_all(tmp_path: Path) -> None:
     ],
 )
 def test_another_model_or_optimizer_is_refused(tmp_path: Path, case: Case, named: str) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Keep(1))
     checkpoints.save(trained(), {}, 1)
     with pytest.raises(CheckpointError, match=named):
         checkpoints.load_latest(make_engine(case, ALONE))
@@ -187,13 +188,13 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path, case: Case, named
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = {"path": "base", "revision": None, "sha256": "a" * 64}
-    Checkpoints(tmp_path / "checkpoints", 1, base=base).save(trained(), {}, 1)
+    Checkpoints(tmp_path / "checkpoints", Keep(1), base=base).save(trained(), {}, 1)
     with pytest.raises(CheckpointError, match=r"model\.path"):
-        Checkpoints(tmp_path / "checkpoints", 1, base={**base, "sha256": "b" * 64}).load_latest(trained())
+        Checkpoints(tmp_path / "checkpoints", Keep(1), base={**base, "sha256": "b" * 64}).load_latest(trained())
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Keep(1))
     path = checkpoints.save(trained(), {}, 1)
     state = read_json(path / "state.json")
     assert state["format"] == 1

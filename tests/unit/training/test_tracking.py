@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sftdist.training.console import PlainConsole, ProgressConsole, open_console, other_line
 from sftdist.training.meter import PEAK_FLOPS, Meter, StepFacts, memory_gib, peak_flops
-from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, open_tracker
+from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, evaluation_losses, open_tracker
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -224,3 +224,16 @@ def test_memory_is_the_peak_of_this_process() -> None:
     assert after - before > 0.4
     del block
     assert memory_gib(torch.device("cpu")) >= after
+
+
+def test_evaluation_losses_are_read_back(tmp_path: Path) -> None:
+    assert evaluation_losses(tmp_path) == {}
+    tracker = open_tracker(tmp_path, resumed_step=0)
+    run_steps(tracker, 1, 4)
+    tracker.report({"kind": "eval", "step": 6, "eval/loss": math.nan})
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"kind": "eval", "step": 8, "eval/lo')
+    losses = evaluation_losses(tmp_path)
+    assert list(losses) == [2, 4, 6]
+    assert (losses[2], losses[4]) == (1.0, 0.5)
+    assert math.isnan(losses[6])

@@ -17,7 +17,7 @@ from sftdist.core.distributed import session
 
 # A fork of a process that has run torch's thread pool can hang; the fork server imports and computes nothing.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "transformers", "deepspeed", "sftdist.training.engine"])
+context.set_forkserver_preload(["torch", "transformers", "deepspeed", "sftdist.train"])
 
 
 class RankError(AssertionError):
@@ -32,19 +32,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises RankError with the first failing rank's traceback; all ranks are ended then, and after `timeout` seconds.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": "1",
-    }
     pipes, processes = [], []
     for rank in range(world_size):
         receive, send = context.Pipe(duplex=False)
-        here = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        here = rank_environment(rank, world_size, store.port)
         process = context.Process(target=_rank_main, args=(send, here, fn, args), daemon=True)
         process.start()
         send.close()
@@ -56,6 +47,22 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         for process in processes:
             process.kill()
             process.join()
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank, with the rendezvous store at `port` of this host."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def _rank_main(send: Connection, environment: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -84,6 +84,12 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Rank `source`'s tensor, put into the others' of the same shape, dtype and device."""
+        if self.size > 1:
+            dist.broadcast(tensor, source, group=self.group)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.all_reduce_max(0.0)

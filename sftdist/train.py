@@ -91,7 +91,8 @@ def start(cfg: TrainConfig) -> int:
     refuse_other_data(run_dir, ready_data(cfg))  # bad data ends here, before any rank exists
     if finished_before(run_dir) is not None:
         return agent.DONE
-    return agent.launch(MODULE, sys.argv[1:], agent.ranks_here(cfg.launch.nproc), run_dir, cfg.checkpoint.grace_seconds)
+    nproc, grace_seconds = agent.ranks_here(cfg.launch.nproc), cfg.checkpoint.grace_seconds
+    return agent.launch(MODULE, sys.argv[1:], nproc, run_dir, grace_seconds, cfg.launch.max_restarts)
 
 
 def run_rank(cfg: TrainConfig) -> int:
@@ -198,6 +199,8 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
         return finish(cfg, corpus, trained, world, run_dir, state, stopped=True)
     loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
     tracker = tracker_of(cfg, run_dir, state.step, totals.steps, say) if world.is_main else Tracker()
+    if world.is_main:
+        agent.write_status(run_dir, "running", agent.FAILED, "training, or ended without a word", step=state.step)
     outcome = "failed"
     try:
         state, stopped = run_loop(cfg, corpus, trained, loader, world, state, totals.steps, stop, tracker, checkpoints)
@@ -253,7 +256,9 @@ def run_loop(
     def evaluate(state: TrainState) -> bool:
         if batches:
             names = [store.name for store in validation_sources(corpus)]
-            figures = evaluate_loss(engine.evaluate, batches, world, names)
+            figures = evaluate_loss(engine.evaluate, batches, world, names, lambda: stop.requested)
+            if figures is None:
+                return False
             tracker.report({"kind": "eval", "step": state.step, **figures})
         return True
 
@@ -262,8 +267,9 @@ def run_loop(
         batches
         and evaluation_is_due(spec, state)
         and not world.broadcast_object(evaluated(Path(str(cfg.run.dir)), state))
+        and not evaluate(state)  # the run ended between a checkpoint and its evaluation
     ):
-        evaluate(state)  # the run ended between a checkpoint and its evaluation
+        return state, True
     calls = Calls(lambda: Flags(stop.requested), begin, track, save, lambda: None, evaluate)
     return run_steps(engine, loader, world, spec, state, calls)
 
@@ -362,6 +368,8 @@ def finish(
     """Export a finished run, or leave a preempted one for the next start; say which in `status.json`."""
     export = None
     if not stopped:
+        if world.is_main:  # all steps are saved: a start that is stopped here has lost nothing
+            agent.write_status(run_dir, "running", agent.PREEMPTED, "exporting the model", step=state.step)
         spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * 2**30), cfg.export.merge)
         export = export_model(trained.engine, corpus.template, run_dir / "export", spec)
     if world.is_main:

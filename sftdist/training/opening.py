@@ -18,6 +18,7 @@ from sftdist.core.storage import read_json, write_json
 from sftdist.data.pipeline import Prepared
 
 DATA_FILE = "data.json"
+STARTING = "starting, or ended there without a word"
 OPENING_SECONDS = 3600.0  # how long the other ranks wait while rank 0 tokenises a small source
 
 
@@ -73,7 +74,7 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         return Opening({}, {}, finished=True, step=step)
     snapshot.write_config(run_dir, cfg)
     write_json(run_dir / DATA_FILE, data_keys(prepared))
-    agent.write_status(run_dir, "running", agent.FAILED, "still running, or ended without a word")
+    agent.write_status(run_dir, "running", agent.PREEMPTED, STARTING)
     return Opening(
         {name: str(store.path) for name, store in prepared.stores.items()},
         {name: str(store.path) for name, store in prepared.held_out.items()},

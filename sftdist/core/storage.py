@@ -10,8 +10,8 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step; `value` is written indented, keys in their order."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(value))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -95,9 +99,36 @@ def temporary_directory(final: Path) -> Path:
         _, host, pid, _ = left.name.removesuffix(".tmp").rsplit("@", 3)
         if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    temp = final.with_name(f".{final.name}.@{socket.gethostname()}@{os.getpid()}@{uuid.uuid4().hex[:8]}.tmp")
+    temp = _temporary_name(final)
     temp.mkdir()
     return temp
+
+
+def remove_temporaries(folder: Path, name: str) -> None:
+    """Remove all that was left, by any process of any host, while something called `name` (a pattern) was written or
+    removed in `folder`. Only for one who knows that nobody else writes there."""
+    for left in folder.glob(f".{name}.*.tmp"):
+        _remove(left)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a directory or a file; renamed first, so that a half-removed one is never taken for a whole one."""
+    dying = _temporary_name(path)
+    path.rename(dying)
+    _remove(dying)
+
+
+def _temporary_name(final: Path) -> Path:
+    return final.with_name(f".{final.name}.@{socket.gethostname()}@{os.getpid()}@{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _remove(path: Path) -> None:
+    """As far as it goes: a network file system keeps what another process has open, and a later sweep removes it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
@@ -112,10 +143,14 @@ def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None =
     return manifest
 
 
-def commit_directory(temp: Path, final: Path) -> bool:
-    """Flush everything below `temp` to disk, then rename it to `final`; False where `final` is already there."""
+def commit_directory(temp: Path, final: Path, flushed: Collection[str] = ()) -> bool:
+    """Flush everything below `temp` to disk, then rename it to `final`; False where `final` is already there.
+
+    `flushed`: files that are on the disk already.
+    """
     for path in [*temp.rglob("*"), temp]:
-        fsync(path)
+        if path.relative_to(temp).as_posix() not in flushed:
+            fsync(path)
     try:
         temp.rename(final)
     except OSError:
@@ -126,21 +161,21 @@ def commit_directory(temp: Path, final: Path) -> bool:
     return True
 
 
-def remove_directory(path: Path) -> None:
-    """Rename first, so that a half-removed directory is never taken for a whole one."""
-    dying = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(dying, ignore_errors=True)
-    path.rename(dying)
-    shutil.rmtree(dying)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a directory's manifest by file name. Raises OSError, and ValueError where it is none of ours."""
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("it lists no files")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"format {manifest.get('format')}, this version reads format {FORMAT}")
+    entries: dict[str, dict[str, Any]] = manifest["files"]
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
+            raise ValueError(f"its entry for {name!r} does not consist of bytes and sha256")
+    if text != _json_text(manifest):
+        raise ValueError("it is not as it was written")
+    return entries
 
 
 def verify_directory(path: Path, *, content: bool = True) -> list[str]:
@@ -149,26 +184,47 @@ def verify_directory(path: Path, *, content: bool = True) -> list[str]:
     `content=False` compares names and sizes only, without reading the files.
     """
     manifest = path / MANIFEST
-    if not manifest.is_file():
-        return [f"{manifest}: missing; the directory was never published whole"]
     try:
-        stored = read_json(manifest)
-        found, entries = stored["format"], stored["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{manifest}: unreadable ({error})"]
-    if found != FORMAT:
-        return [f"{manifest}: format {found}, this version reads format {FORMAT}"]
-    names = set(_file_names(path))
-    problems = [f"{path / name}: not in the manifest" for name in sorted(names - set(stored["files"]))]
-    for name, entry in entries:
-        file = path / name
-        if name not in names:
-            problems.append(f"{file}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        elif content and sha256_file(file) != entry["sha256"]:
-            problems.append(f"{file}: its sha256 is not the manifest's; the content has changed")
-    return problems
+        entries = read_manifest(path)
+        extra = sorted(set(_file_names(path)) - set(entries))
+    except FileNotFoundError:
+        return [f"{manifest}: missing; the directory was never published whole"]
+    except (OSError, ValueError) as error:
+        return [f"{manifest}: unreadable ({_reason(error)})"]
+    return [f"{path / name}: not in the manifest" for name in extra] + verify_files(path, entries, content=content)
+
+
+def verify_files(folder: Path, entries: Mapping[str, Mapping[str, Any]], *, content: bool = True) -> list[str]:
+    """Problems of these files, each with its name; `content=False` compares sizes only."""
+    found = (_problem(folder / name, entry, content) for name, entry in entries.items())
+    return [problem for problem in found if problem is not None]
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _problem(file: Path, entry: Mapping[str, Any], content: bool) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            return f"{file}: {size} bytes, the manifest says {entry['bytes']}"
+        if content and sha256_file(file) != entry["sha256"]:
+            return f"{file}: its sha256 is not the manifest's; the content has changed"
+    except FileNotFoundError:
+        return f"{file}: missing"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"{file}: unreadable ({_reason(error)})"
+    return None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _file_names(folder: Path) -> list[str]:

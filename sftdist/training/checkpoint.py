@@ -6,14 +6,18 @@ A checkpoint (`checkpoint_files` says what it holds) is written to a temporary d
 
 from __future__ import annotations
 
+import copy
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sftdist.core.distributed import World
@@ -21,7 +25,8 @@ from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import (
     commit_directory,
     read_json,
-    remove_directory,
+    remove_path,
+    remove_temporaries,
     temporary_directory,
     write_json,
     write_manifest,
@@ -35,19 +40,39 @@ from sftdist.training.checkpoint_files import (
     Part,
     deal,
     directory_name,
-    random_tensors,
-    read_tensors,
+    share_tensors,
     step_of,
     steps_in,
     verify,
 )
 from sftdist.training.engine import Engine, ParameterState
+from sftdist.training.random_state import RandomState, random_state, random_tensors, restore_random_state
 from sftdist.training.retention import Keep, to_prune
+
+LATEST = "LATEST"
+_NOT_WRITTEN = (
+    "the checkpoint could not be written: {}. Earlier checkpoints are untouched; make room or correct the permissions, "
+    "then run the same command again."
+)
+_NOT_READ = "the checkpoints cannot be read: {}. Correct the permissions or the disk, then run the same command again."
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """What a checkpoint of this rank says beside its tensors, as it was when `save` was called."""
+
+    final: Path
+    header: Mapping[str, Any]
+    random: RandomState
 
 
 class Checkpoints:
-    """The checkpoints in the folder `root`; `LATEST` stands beside it. `base` says what a LoRA run's adapters belong
-    to (path, revision, content hash). Saving and loading are collective: if one rank fails, every rank raises."""
+    """The checkpoints in the folder `root`, for the one run that may write there; `LATEST` stands beside it.
+
+    `base` says what a LoRA run's adapters belong to (path, revision, content hash). With `background`, a world beside
+    the engine's, a save returns as soon as this rank's part has been copied to host memory, and a thread writes it; at
+    most one save is under way. Saving, waiting and loading are collective: if one rank fails, every rank raises.
+    """
 
     def __init__(
         self,
@@ -59,56 +84,59 @@ class Checkpoints:
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._folder = root
-        self._latest = root.parent / "LATEST"
         self._keep = keep
-        self._background = background
         self._base = None if base is None else dict(base)
+        self._background = background
         self._part_bytes = part_bytes
+        self._under_way: Future[None] | None = None
 
     def save(self, engine: Engine, state: Mapping[str, Any], step: int) -> Path:
         """Write a checkpoint of `engine` and of `state` (JSON values of the caller); returns its directory.
 
-        Raises CheckpointError on every rank when one rank cannot write; earlier checkpoints are untouched then.
+        Raises CheckpointError on every rank when one rank cannot write; earlier checkpoints are untouched then. A save
+        in the background raises it in the next `save` or `wait`; before that, its directory is not there.
         """
-        world, final = engine.world, self._folder / directory_name(step)
-        temp = Path(_on_main(world, lambda: str(temporary_directory(final))))
-        part = Part(temp, world.rank, self._part_bytes)
-        owners = deal(engine.shapes(), world.size)
-        for parameter in engine.state():
-            if owners[parameter.name] == world.rank:
-                part.add(parameter.name, parameter.tensors)
-        part.flush()
-        written = world.gather_objects((part.error, part.files, part.index, _random_state(world.device)))
-        errors = [f"rank {rank}: {error}" for rank, (error, *_) in enumerate(written) if error]
-
-        def finish() -> None:
-            if errors:
-                shutil.rmtree(temp, ignore_errors=True)
-                raise OSError("; ".join(errors))
-            save_file(random_tensors([random for *_, random in written]), temp / RANDOM)
-            write_json(temp / STATE, self._header(engine, state, step, [index for _, _, index, _ in written]))
-            write_manifest(temp, known={name: entry for _, files, *_ in written for name, entry in files.items()})
-            self._publish(temp, final)
-
-        _on_main(world, finish)
+        self.wait()
+        final = self._folder / directory_name(step)
+        captured = _Captured(final, self._header(engine, state, step), random_state(engine.world.device))
+        pieces = _own_pieces(engine)
+        if self._background is None:
+            self._write(engine.world, captured, pieces)
+        else:
+            world, held = self._background, list(pieces)
+            self._under_way = _in_thread(lambda: self._write(world, captured, held))
         return final
+
+    @property
+    def failed(self) -> bool:
+        """True where this rank knows that the save under way has failed; not a collective."""
+        save = self._under_way
+        return save is not None and save.done() and save.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, is published. Raises CheckpointError on every rank if it failed."""
+        save, self._under_way = self._under_way, None
+        if save is not None:
+            save.result()
 
     def load_latest(self, engine: Engine, say: Callable[[str], None] = print) -> dict[str, Any] | None:
         """Put the newest checkpoint that verifies into `engine`; returns the state given to `save`, or None where
-        there is none. `step`, `path`, `world_size` and `stage` of the checkpoint are added under "checkpoint".
+        there is none. `step`, `path`, `world_size`, `stage` and `precision` of the checkpoint are added under
+        "checkpoint".
 
-        Walks back over checkpoints that do not verify, and says so. Raises CheckpointError where none verifies, and
-        where the checkpoint belongs to another model, optimizer or base.
+        `LATEST` is not asked: after a kill between the renaming and `LATEST`, the newest is whole, too. Walks back over
+        checkpoints that do not verify, and says so. Raises CheckpointError where none verifies, and where the
+        checkpoint belongs to another model, optimizer or base.
         """
-        steps = engine.world.broadcast_object(sorted(steps_in(self._folder), reverse=True))
-        found: list[str] = []
+        world, found = engine.world, list[str]()
+        steps: list[int] = _on_main(world, self._steps, _NOT_READ)
         for step in steps:
             path = self._folder / directory_name(step)
-            problems = verify(path, engine.world)
+            problems = verify(path, world)
             if not problems:
-                return self._load(engine, path)
+                return self._load(engine, path, say)
             found += problems
-            if engine.world.is_main:
+            if world.is_main:
                 say(f"checkpoint {path.name} does not verify and is passed over: {'; '.join(problems)}")
         if found:
             raise CheckpointError(
@@ -117,43 +145,82 @@ class Checkpoints:
             )
         return None
 
-    def _header(
-        self, engine: Engine, state: Mapping[str, Any], step: int, indices: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def _steps(self) -> list[int]:
+        """The newest first; what an earlier start left unfinished is removed."""
+        self._sweep()
+        return sorted(steps_in(self._folder), reverse=True)
+
+    def _sweep(self) -> None:
+        """The run directory is locked, and no save is under way: every temporary name is one that nobody needs."""
+        remove_temporaries(self._folder, "step-*")
+        remove_temporaries(self._folder.parent, LATEST)
+
+    def _header(self, engine: Engine, state: Mapping[str, Any], step: int) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "step": step,
             "saved_at": time.time(),
-            "shape": {"world_size": engine.world.size, "stage": engine.spec.stage, "precision": engine.spec.precision},
+            "shape": _shape(engine),
             "optimizer": {"name": engine.optimizer.name, "moments": list(engine.optimizer.moments)},
             "counters": engine.counters(),
             "base": self._base,
-            "state": dict(state),
-            "parameters": {name: entry for index in indices for name, entry in index.items()},
+            "state": copy.deepcopy(dict(state)),
         }
 
-    def _publish(self, temp: Path, final: Path) -> None:
-        """Rename, then `LATEST`, then prune. A directory of the same step is one that did not verify: it goes."""
-        if final.exists():
-            remove_directory(final)
-        commit_directory(temp, final)
-        write_text(self._latest, f"{self._folder.name}/{final.name}\n")
-        for step in to_prune(steps_in(self._folder), step_of(final), self._keep, self._keep.losses()):
-            remove_directory(self._folder / directory_name(step))
+    def _write(self, world: World, captured: _Captured, pieces: Iterable[ParameterState]) -> None:
+        """Each rank its pieces, rank 0 the rest. `pieces` may gather them one after another, so every rank goes through
+        all of its own whatever happens to its disk."""
+        temp = Path(_on_main(world, lambda: str(self._room(captured.final)), _NOT_WRITTEN))
+        part = Part(temp, world.rank, self._part_bytes)
+        for piece in pieces:
+            part.add(piece.name, piece.tensors)
+        part.flush()
+        written = world.gather_objects((part.error, part.files, part.index, captured.random))
+        errors = [f"rank {rank}: {error}" for rank, (error, *_) in enumerate(written) if error]
 
-    def _load(self, engine: Engine, path: Path) -> dict[str, Any]:
-        header = read_json(path / STATE)
+        def finish() -> None:
+            if errors:
+                shutil.rmtree(temp, ignore_errors=True)
+                raise OSError("; ".join(errors))
+            save_file(random_tensors([random for *_, random in written]), temp / RANDOM)
+            index = {name: entry for _, _, entries, _ in written for name, entry in entries.items()}
+            write_json(temp / STATE, {**captured.header, "parameters": index})
+            self._publish(temp, captured.final, [files for _, files, *_ in written])
+
+        _on_main(world, finish, _NOT_WRITTEN)
+
+    def _room(self, final: Path) -> Path:
+        self._sweep()
+        return temporary_directory(final)
+
+    def _publish(self, temp: Path, final: Path, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Rename, then `LATEST`, then prune. A directory of the same step is one that did not verify: it goes."""
+        known = {name: entry for files in parts for name, entry in files.items()}
+        write_manifest(temp, known)
+        if final.exists():
+            remove_path(final)
+        commit_directory(temp, final, flushed=known)
+        write_text(self._folder.parent / LATEST, f"{self._folder.name}/{final.name}\n")
+        for step in to_prune(steps_in(self._folder), step_of(final), self._keep, self._keep.losses()):
+            remove_path(self._folder / directory_name(step))
+
+    def _load(self, engine: Engine, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        world = engine.world
+        header: dict[str, Any] = _on_main(world, lambda: read_json(path / STATE), _NOT_READ)
         self._require_compatible(engine, header, path)
+        if world.is_main:
+            say(resumption(header, _shape(engine), time.time()))
         engine.load_state(_read_parameters(path, header["parameters"], engine), header["counters"])
-        world, shape = engine.world, header["shape"]
-        same = shape["world_size"] == world.size
-        _restore_random_state(path / RANDOM, world, header["step"], same)
-        origin = {"step": header["step"], "path": str(path), **shape}
-        return {**header["state"], "checkpoint": origin}
+        same_ranks = header["shape"]["world_size"] == world.size
+        restore_random_state(path / RANDOM, world, header["step"], same_ranks)
+        return {**header["state"], "checkpoint": {"step": header["step"], "path": str(path), **header["shape"]}}
 
     def _require_compatible(self, engine: Engine, header: Mapping[str, Any], path: Path) -> None:
         if header["format"] != FORMAT:
-            raise CheckpointError(f"{path / STATE}: format {header['format']}; this version reads format {FORMAT}")
+            raise CheckpointError(
+                f"{path / STATE}: format {header['format']}, this version reads format {FORMAT}; go on with the "
+                "version of sftdist that wrote it, or give another run.dir"
+            )
         saved = header["optimizer"]
         if saved["name"] != engine.optimizer.name or tuple(saved["moments"]) != engine.optimizer.moments:
             raise CheckpointError(
@@ -174,32 +241,51 @@ def checkpoint_bytes(engine: Engine) -> int:
     return elements * 4 * (1 + len(engine.optimizer.moments))
 
 
+def resumption(header: Mapping[str, Any], shape: Mapping[str, Any], now: float) -> str:
+    """What a resumed run says: from where, how old that is, and how its shape differs; `now` in seconds since 1970."""
+    saved_at, saved = header["saved_at"], header["shape"]
+    when = datetime.fromtimestamp(saved_at).astimezone().isoformat(" ", "seconds")
+    line = f"resuming from step {header['step']}, saved {when} ({ago(now - saved_at)})"
+    if saved == shape:
+        return line
+    return f"{line} on {_shape_text(saved)}; this run has {_shape_text(shape)}"
+
+
+def ago(seconds: float) -> str:
+    """An age in one unit, as in "3 hours ago"."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds / length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return f"{max(0, int(seconds))} seconds ago"
+
+
+def _shape(engine: Engine) -> dict[str, Any]:
+    return {"world_size": engine.world.size, "stage": engine.spec.stage, "precision": engine.spec.precision}
+
+
+def _shape_text(shape: Mapping[str, Any]) -> str:
+    ranks = "1 rank" if shape["world_size"] == 1 else f"{shape['world_size']} ranks"
+    return f"{ranks} at ZeRO {shape['stage']} in {shape['precision']}"
+
+
+def _own_pieces(engine: Engine) -> Iterator[ParameterState]:
+    """The parameters that this rank writes, copied to host memory one after another. Every rank gathers them all."""
+    owners = deal(engine.shapes(), engine.world.size)
+    for name, tensors in engine.state():
+        if owners[name] == engine.world.rank:
+            copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+            yield ParameterState(name, copies)
+
+
 def _read_parameters(path: Path, index: Mapping[str, Any], engine: Engine) -> Iterator[ParameterState]:
     """The parameters in the order of the engine, one after another, those that it does not know last."""
     shapes = engine.shapes()
     names = [*(name for name in shapes if name in index), *(name for name in index if name not in shapes)]
-    return (ParameterState(name, tensors) for name, tensors in read_tensors(path, index, names))
+    return (ParameterState(name, tensors) for name, tensors in share_tensors(path, index, names, engine.world))
 
 
-def _random_state(device: torch.device) -> dict[str, bytes]:
-    state = {"cpu": torch.get_rng_state().numpy().tobytes()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
-    return state
-
-
-def _restore_random_state(path: Path, world: World, step: int, same_ranks: bool) -> None:
-    """Each rank's own random state; on another number of ranks, one that follows from step and rank."""
-    if not same_ranks:
-        torch.manual_seed(step * 1_000_003 + world.rank)
-        return
-    with safe_open(path, framework="pt") as file:
-        torch.set_rng_state(file.get_tensor(f"cpu/{world.rank:05d}"))
-        if world.device.type == "cuda" and f"cuda/{world.rank:05d}" in file.keys():  # noqa: SIM118
-            torch.cuda.set_rng_state(file.get_tensor(f"cuda/{world.rank:05d}"), world.device)
-
-
-def _on_main(world: World, work: Callable[[], Any]) -> Any:
+def _on_main(world: World, work: Callable[[], Any], message: str) -> Any:
     """What `work` returns on rank 0, on every rank; where it fails, every rank raises CheckpointError."""
     value, error = None, None
     if world.is_main:
@@ -209,8 +295,21 @@ def _on_main(world: World, work: Callable[[], Any]) -> Any:
             error = str(failure)
     value, error = world.broadcast_object((value, error))
     if error is not None:
-        raise CheckpointError(
-            f"the checkpoint could not be written: {error}. Earlier checkpoints are untouched; make room or correct "
-            "the permissions, then run the same command again."
-        )
+        raise CheckpointError(message.format(error))
     return value
+
+
+def _in_thread(work: Callable[[], None]) -> Future[None]:
+    """Do something in a daemon thread: a process that ends does not wait for it. What it raises, `result` raises."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
-from sftdist.core.storage import MANIFEST, fsync, read_json, sha256_file, verify_directory
+from sftdist.core.storage import fsync, read_json, read_manifest, sha256_file, verify_directory, verify_files
 from sftdist.training.retention import best_step
 
 FORMAT = 1
@@ -49,8 +51,9 @@ def checkpoints_in(folder: Path) -> list[CheckpointInfo]:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the published checkpoints in a folder, in no order."""
-    matches = [_NAME.fullmatch(path.name) for path in folder.glob("step-*")]
+    """The steps of the published checkpoints in a folder, in no order. Raises OSError where it cannot be read."""
+    names = os.listdir(folder) if folder.exists() else []
+    matches = [_NAME.fullmatch(name) for name in names]
     return [int(match[1]) for match in matches if match]
 
 
@@ -81,26 +84,23 @@ def verify(path: Path, world: World | None = None) -> list[str]:
     and every rank gets the same answer."""
     if world is None or world.size == 1:
         return verify_directory(path)
-    problems: list[str] = world.broadcast_object(verify_directory(path, content=False) if world.is_main else None)
-    if problems:
-        return problems
-    entries = sorted(read_json(path / MANIFEST)["files"].items())[world.rank :: world.size]
-    changed = [
-        f"{path / name}: its sha256 is not the manifest's; the content has changed"
-        for name, entry in entries
-        if sha256_file(path / name) != entry["sha256"]
-    ]
-    return [problem for part in world.gather_objects(changed) for problem in part]
+    listed = None
+    if world.is_main:
+        problems = verify_directory(path, content=False)
+        listed = problems, ({} if problems else read_manifest(path))
+    problems, entries = world.broadcast_object(listed)
+    readers = deal_files(entries, world.size)
+    mine = {name: entry for name, entry in entries.items() if readers[name] == world.rank}
+    return problems + [problem for found in world.gather_objects(verify_files(path, mine)) for problem in found]
 
 
 def describe(path: Path) -> CheckpointInfo:
-    """What a checkpoint says about itself, without verifying it; zeros where `state.json` cannot be read."""
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    try:
+    """What a checkpoint says about itself, without verifying it; zeros where that cannot be read."""
+    shape, saved_at, size = {"world_size": 0, "stage": 0}, 0.0, 0
+    with suppress(OSError, ValueError, KeyError):
+        size = sum(file.stat().st_size for file in path.iterdir())
         header = read_json(path / STATE)
         shape, saved_at = header["shape"], header["saved_at"]
-    except (OSError, ValueError, KeyError):
-        return CheckpointInfo(step_of(path), path, size, 0, 0, 0.0)
     return CheckpointInfo(step_of(path), path, size, shape["world_size"], shape["stage"], saved_at)
 
 
@@ -116,13 +116,11 @@ class Part:
         self._size = 0
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a parameter's tensors to host memory; write them when there are enough for a file."""
+        """Take a parameter's tensors, in host memory; write them when there are enough for a file."""
         if self.error is not None:
             return
-        for key, tensor in tensors.items():
-            copy = tensor.detach().to("cpu", copy=True).contiguous()
-            self._pending[f"{name}/{key}"] = copy
-            self._size += copy.nbytes
+        self._pending |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+        self._size += sum(tensor.nbytes for tensor in tensors.values())
         self.index[name] = {
             "file": self._file_name(),
             "shape": list(tensors["value"].shape),
@@ -159,6 +157,11 @@ def deal(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, int]:
     return owners
 
 
+def deal_files(names: Iterable[str], ranks: int) -> dict[str, int]:
+    """Which rank reads which file."""
+    return {name: number % ranks for number, name in enumerate(sorted(names))}
+
+
 def read_tensors(path: Path, index: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Name, and value and moments, of these parameters, one after another from memory-mapped files."""
     files: dict[str, Any] = {}
@@ -170,12 +173,23 @@ def read_tensors(path: Path, index: Mapping[str, Any], names: Iterable[str]) -> 
         yield name, {key: opened.get_tensor(f"{name}/{key}") for key in entry["tensors"]}
 
 
-def random_tensors(states: Sequence[Mapping[str, bytes]]) -> dict[str, Tensor]:
-    return {
-        f"{kind}/{rank:05d}": torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        for rank, state in enumerate(states)
-        for kind, data in state.items()
-    }
+def share_tensors(
+    path: Path, index: Mapping[str, Any], names: Iterable[str], world: World
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The same on every rank, on its device; each file is read by the rank that `verify` had hash it, which has it in
+    its host's page cache. So the ranks of 8 hosts read a checkpoint from a shared file system once, not 8 times."""
+    readers = deal_files({entry["file"] for entry in index.values()}, world.size)
+    names = list(names)
+    mine = read_tensors(path, index, [name for name in names if readers[index[name]["file"]] == world.rank])
+    for name in names:
+        entry, reader = index[name], readers[index[name]["file"]]
+        if reader == world.rank:
+            tensors = {key: tensor.to(world.device) for key, tensor in next(mine)[1].items()}
+        else:
+            tensors = {
+                key: torch.empty(entry["shape"], dtype=torch.float32, device=world.device) for key in entry["tensors"]
+            }
+        yield name, {key: world.broadcast(tensor, reader) for key, tensor in tensors.items()}
 
 
 def step_of(path: Path) -> int:

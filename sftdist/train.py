@@ -20,8 +20,8 @@ from transformers.utils import logging
 from sftdist.assets import quickstart
 from sftdist.core import agent, config, snapshot
 from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session
-from sftdist.core.errors import SftdistError, TrainingError
-from sftdist.core.peers import print_death
+from sftdist.core.errors import TrainingError
+from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import read_json, read_jsonl, sha256_file, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
@@ -121,9 +121,10 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
             return TrainResult("done", opening.step, run_dir, run_dir / "export")
         if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None and os.environ.get("RANK") == "0":
             print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
-        world = stack.enter_context(session(report=partial(report_death, run_dir)))
-        with reported_failures(world, run_dir):
-            return train(cfg, opening, world, stop, run_dir)
+        lost, hang = cfg.launch.lost_seconds, cfg.launch.hang_seconds
+        watched = session(report=partial(report, run_dir), lost_seconds=lost, hang_seconds=hang)
+        world = stack.enter_context(watched)
+        return train(cfg, opening, world, stop, run_dir)
 
 
 @contextmanager
@@ -136,24 +137,16 @@ def stop_signals() -> Iterator[StopSignal]:
         stop.uninstall()
 
 
-@contextmanager
-def reported_failures(world: World, run_dir: Path) -> Iterator[None]:
-    """The first rank that fails writes the reason into `status.json`; session() then ends the others."""
+def report(run_dir: Path, failure: Failure) -> None:
+    """The first failure of all ranks, on the screen, in a file of its own, and as the run's status."""
+    print_failure(failure)
     try:
-        yield
-    except Exception as error:
-        reason = str(error) if isinstance(error, SftdistError) else f"{type(error).__name__}: {error}"
-        if world.fail(reason):
-            code = error.exit_code if isinstance(error, SftdistError) else agent.FAILED
-            retry = not isinstance(error, TrainingError)
-            agent.write_status(run_dir, "failed", code, reason, rank=world.rank, retry=retry)
-        raise
-
-
-def report_death(run_dir: Path, rank: int, reason: str) -> None:
-    """A rank died without a word: its neighbour says so, on the screen and in the file."""
-    print_death(rank, reason)
-    agent.write_status(run_dir, "failed", agent.FAILED, reason, rank=rank)
+        write_failure(run_dir, failure)
+        agent.write_status(
+            run_dir, "failed", failure.code, failure.message, failure.step, rank=failure.rank, retry=failure.retry
+        )
+    except OSError as error:  # a full disk may be the very failure: its reason is on the screen already
+        print(f"sftdist: {run_dir}: the failure could not be written down ({error})", file=sys.stderr, flush=True)
 
 
 def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> Prepared:
@@ -176,6 +169,33 @@ def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
     return Prepared(stores, held_out, template, report={})
 
 
+@dataclass(frozen=True)
+class Job:
+    """The parts of a run that its phases share; `steps` is the number of optimizer steps of the whole run."""
+
+    cfg: TrainConfig
+    run_dir: Path
+    world: World
+    stop: StopSignal
+    corpus: Corpus
+    trained: Trained
+    checkpoints: Checkpoints
+    steps: int
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.stop.requested
+
+    def any_stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; a collective."""
+        return self.stop.agreed(self.world)
+
+    def status(self, code: int, doing: str, step: int) -> None:
+        """Say what the run is doing; `code` applies if a signal ends it there."""
+        if self.world.is_main:
+            agent.write_status(self.run_dir, "running", code, f"{doing}, or ended there without a word", step=step)
+
+
 def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, run_dir: Path) -> TrainResult:
     """Build everything, check it, run the loop, export."""
     say = partial(print, flush=True) if world.is_main else silent
@@ -188,24 +208,21 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
-    best = partial(evaluation_losses, run_dir) if cfg.checkpoint.keep_best else None
-    keep = Keep(cfg.checkpoint.keep_last, cfg.checkpoint.keep_every, best)
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep, base=base_of(cfg, trained.commit, world))
+    checkpoints = checkpoints_of(cfg, run_dir, trained, world)
     saved = checkpoints.load_latest(trained.engine, say)
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
-    if world.all_reduce_max(float(stop.requested)):  # nothing is lost: the last checkpoint is the newest there can be
-        return finish(cfg, corpus, trained, world, run_dir, state, stopped=True)
+    job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps)
+    if job.any_stop_requested():  # nothing is lost: the last checkpoint is the newest there can be
+        return finish(job, state, stopped=True)
     loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
     tracker = tracker_of(cfg, run_dir, state.step, totals.steps, say) if world.is_main else Tracker()
-    if world.is_main:
-        agent.write_status(run_dir, "running", agent.FAILED, "training, or ended without a word", step=state.step)
     outcome = "failed"
     try:
-        state, stopped = run_loop(cfg, corpus, trained, loader, world, state, totals.steps, stop, tracker, checkpoints)
-        stopped = stopped or world.all_reduce_max(float(stop.requested)) > 0  # the export can wait for the next start
-        result = finish(cfg, corpus, trained, world, run_dir, state, stopped=stopped)
+        state, stopped = run_loop(job, loader, tracker, state)
+        # The export can wait for the next start.
+        result = finish(job, state, stopped=stopped or job.any_stop_requested())
         outcome = result.state
     finally:
         loader.close()
@@ -213,31 +230,20 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     return result
 
 
-def run_loop(
-    cfg: TrainConfig,
-    corpus: Corpus,
-    trained: Trained,
-    loader: Loader,
-    world: World,
-    state: TrainState,
-    steps: int,
-    stop: StopSignal,
-    tracker: Tracker,
-    checkpoints: Checkpoints,
-) -> tuple[TrainState, bool]:
+def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> tuple[TrainState, bool]:
     """Give the loop what it calls: where figures go, what a checkpoint holds, what is evaluated."""
-    engine = trained.engine
-    meter = Meter(corpus.names, peak_flops_per_second=peak_flops(world.device, world.size))
-    warmup = round(cfg.optimizer.warmup_ratio * steps)
+    cfg, world, engine, checkpoints = job.cfg, job.world, job.trained.engine, job.checkpoints
+    meter = Meter(job.corpus.names, peak_flops_per_second=peak_flops(world.device, world.size))
     rate = partial(
         lr_at,
         lr=cfg.optimizer.lr,
-        total=steps,
-        warmup=warmup,
+        total=job.steps,
+        warmup=round(cfg.optimizer.warmup_ratio * job.steps),
         schedule=cfg.optimizer.schedule.value,
         min_ratio=cfg.optimizer.min_lr_ratio,
     )
-    batches = validation_batches(cfg, corpus, world)
+    batches = validation_batches(cfg, job.corpus, world)
+    names = [store.name for store in validation_sources(job.corpus)]
     if not batches and cfg.eval.every_steps and world.is_main:
         print("no validation rows: nothing is evaluated (data.val, data.val_fraction)", flush=True)
 
@@ -252,26 +258,40 @@ def run_loop(
         world.progress.note("saving a checkpoint")
         tracker.sync()
         checkpoints.save(engine, {"run": asdict(state), "data": loader.state()}, state.step)
+        job.status(agent.FAILED, "training", state.step)
 
     def evaluate(state: TrainState) -> bool:
         if batches:
-            names = [store.name for store in validation_sources(corpus)]
-            figures = evaluate_loss(engine.evaluate, batches, world, names, lambda: stop.requested)
+            figures = evaluate_loss(engine.evaluate, batches, world, names, job.stop_requested)
             if figures is None:
                 return False
             tracker.report({"kind": "eval", "step": state.step, **figures})
         return True
 
-    spec = LoopSpec(steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
-    if (
-        batches
-        and evaluation_is_due(spec, state)
-        and not world.broadcast_object(evaluated(Path(str(cfg.run.dir)), state))
-        and not evaluate(state)  # the run ended between a checkpoint and its evaluation
-    ):
+    spec = LoopSpec(job.steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
+    job.status(agent.FAILED, "training", state.step)
+    missed = evaluation_is_due(spec, state) and not world.broadcast_object(evaluated(job.run_dir, state))
+    if missed and not evaluate(state):  # the run ended between a checkpoint and its evaluation, and again there
         return state, True
-    calls = Calls(lambda: Flags(stop.requested), begin, track, save, lambda: None, evaluate)
-    return run_steps(engine, loader, world, spec, state, calls)
+    calls = Calls(lambda: Flags(job.stop.requested, checkpoints.failed), begin, track, save, checkpoints.wait, evaluate)
+    try:
+        state, stopped = run_steps(engine, loader, world, spec, state, calls)
+    except TrainingError:  # raised by every rank at the same step: the save under way can end
+        checkpoints.wait()
+        raise
+    checkpoints.wait()
+    return state, stopped
+
+
+def checkpoints_of(cfg: TrainConfig, run_dir: Path, trained: Trained, world: World) -> Checkpoints:
+    settings = cfg.checkpoint
+    best = partial(evaluation_losses, run_dir) if settings.keep_best else None
+    return Checkpoints(
+        run_dir / "checkpoints",
+        Keep(settings.keep_last, settings.keep_every, best),
+        base=base_of(cfg, trained.commit, world),
+        background=world.beside() if settings.background else None,
+    )
 
 
 def evaluated(run_dir: Path, state: TrainState) -> bool:
@@ -362,23 +382,22 @@ def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Call
     return tracker.followed_by(open_console(steps, first_step=step), *followers)
 
 
-def finish(
-    cfg: TrainConfig, corpus: Corpus, trained: Trained, world: World, run_dir: Path, state: TrainState, stopped: bool
-) -> TrainResult:
+def finish(job: Job, state: TrainState, *, stopped: bool) -> TrainResult:
     """Export a finished run, or leave a preempted one for the next start; say which in `status.json`."""
     export = None
     if not stopped:
-        if world.is_main:  # all steps are saved: a start that is stopped here has lost nothing
-            agent.write_status(run_dir, "running", agent.PREEMPTED, "exporting the model", step=state.step)
-        spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * 2**30), cfg.export.merge)
-        export = export_model(trained.engine, corpus.template, run_dir / "export", spec)
-    if world.is_main:
-        name, code = ("preempted", agent.PREEMPTED) if stopped else ("done", agent.DONE)
-        agent.write_status(run_dir, name, code, "", step=state.step)
-        record_in_ledger(cfg, corpus, name, state)
-        print(ending(run_dir, name, state.step), flush=True)
-    world.barrier()  # nobody leaves before the file says how it ended
-    return TrainResult("preempted" if stopped else "done", state.step, run_dir, export)
+        job.status(agent.PREEMPTED, "exporting", state.step)
+        settings = job.cfg.export
+        spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge)
+        export = export_model(job.trained.engine, job.corpus.template, job.run_dir / "export", spec)
+    name = "preempted" if export is None else "done"
+    if job.world.is_main:
+        code = agent.PREEMPTED if export is None else agent.DONE
+        agent.write_status(job.run_dir, name, code, "", step=state.step)
+        record_in_ledger(job.cfg, job.corpus, name, state)
+        print(ending(job.run_dir, name, state.step), flush=True)
+    job.world.barrier()  # nobody leaves before the file says how it ended
+    return TrainResult(name, state.step, job.run_dir, export)
 
 
 def silent(text: str) -> None:

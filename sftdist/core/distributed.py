@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sftdist.core.errors import ConfigError, SftdistError, StartupError
-from sftdist.core.peers import PeerError, Peers, print_death
+from sftdist.core.errors import ConfigError, StartupError
+from sftdist.core.failure import Failure, failure_of, print_failure
+from sftdist.core.peers import Patience, PeerError, Peers, Rank
 from sftdist.core.progress import Progress
 
 # DeepSpeed looks for its accelerator when it is imported, and says loudly that it found none.
@@ -32,6 +32,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 TIMEOUT_SECONDS = 3600.0
+CONNECT_SECONDS = 60.0
+LEAVE_SECONDS = 8.0  # for the clean-up of a rank that has failed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 PARENT_VARIABLE = "SFTDIST_PARENT"  # the process id of the agent that started this process, where it was ours
 _PR_SET_PDEATHSIG = 1
@@ -45,7 +47,6 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    peers: Peers | None = field(default=None, repr=False, compare=False)
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     progress: Progress = field(default_factory=Progress, repr=False, compare=False)
 
@@ -106,10 +107,6 @@ class World:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
         return replace(self, device=torch.device("cpu"), group=group)
 
-    def fail(self, text: str) -> bool:
-        """Tell the other ranks that this one cannot go on; they end within seconds. True for the first to say so."""
-        return True if self.peers is None else self.peers.fail(text)
-
 
 def is_worker() -> bool:
     """True in a process that torchrun (or another launcher that sets RANK) has started."""
@@ -157,14 +154,17 @@ def share_text(key: str, text: str | None, timeout_seconds: float = 300.0) -> st
 def session(
     timeout_seconds: float = TIMEOUT_SECONDS,
     device: torch.device | None = None,
-    report: Callable[[int, str], None] = print_death,
+    report: Callable[[Failure], None] = print_failure,
+    lost_seconds: float = 60.0,
+    hang_seconds: float = 1800.0,
 ) -> Iterator[World]:
     """The ranks for the length of a block: process group (gloo, with NCCL on CUDA) and failure watch.
 
     Reads torchrun's environment; without it the world is one process. `timeout_seconds` bounds every collective.
-    An exception in the block is told to the other ranks, which end within seconds instead of waiting for this one;
-    where another rank had failed before, it becomes a PeerError. When a rank dies without an exception, one of the
-    others calls `report(rank, text)`.
+    `report(failure)` is called once over all ranks that can reach one another: on the first rank that raises, or on
+    one that notices that another has died, was not heard of for `lost_seconds`, or holds up the rest, which have not
+    got on for `hang_seconds` (`World.progress`; the watch begins with the first activity). The others end within
+    seconds, in a blocked collective too; one whose own exception came later raises PeerError.
     The process group outlives the block, and the next session uses it again (so it does a script's own): DeepSpeed
     keeps hold of the first one that it has seen. Raises ConfigError where this host has fewer GPUs than ranks.
     """
@@ -172,21 +172,25 @@ def session(
     device = device or _device(local_rank)
     if not dist.is_initialized():
         _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
-    prefix = f"sftdist/{restart_count()}/session/{next(_session_number)}"
-    peers = Peers.join(rank, local_rank, prefix, report) if is_worker() and size > 1 else None
-    world = World(rank, size, local_rank, device, peers)
+    world = World(rank, size, local_rank, device)
+    peers = _peers(world, Patience(lost_seconds, hang_seconds), report) if is_worker() else None
     try:
         yield world
-    except BaseException as error:
-        if not (isinstance(error, SystemExit) and not error.code):
-            first = world.fail(str(error) if isinstance(error, SftdistError) else traceback.format_exc())
-            if world.size > 1:
-                _leave_within(30.0)
-            if not first:
-                raise PeerError(f"rank {rank} stops: another rank failed before") from error
+    except PeerError:  # of a session within this one
         raise
-    if peers is not None:
-        peers.leave()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            _leave(peers)
+            raise
+        if peers is None:
+            report(failure_of(error, rank, world.progress.now))
+            raise
+        first = peers.fail(error)
+        _leave_within(LEAVE_SECONDS)
+        if not first:
+            raise PeerError(f"rank {rank} stops: another rank failed before") from error
+        raise
+    _leave(peers)
 
 
 class StopSignal:
@@ -311,6 +315,27 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: tim
     )
     if size > 1:
         atexit.register(dist.destroy_process_group)
+
+
+def _peers(world: World, patience: Patience, report: Callable[[Failure], None]) -> Peers:
+    """Join the failure watch, over store connections of its own."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    prefix = f"sftdist/{restart_count()}/session/{next(_session_number)}"
+
+    def connect() -> dist.Store:
+        store = dist.TCPStore(host, port, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False)
+        return dist.PrefixStore(prefix, store)
+
+    first = world.rank - world.local_rank
+    local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    peers = Peers(Rank(world.rank, world.size, local), connect, world.progress, patience, report)
+    peers.join()
+    return peers
+
+
+def _leave(peers: Peers | None) -> None:
+    if peers is not None:
+        peers.leave()
 
 
 def _leave_within(seconds: float) -> None:

@@ -1,121 +1,325 @@
-"""The failure watch: a rank that fails, or dies without a word, ends the others within seconds.
+"""The failure watch: a rank that fails, dies, is cut off or stands still is named, and the others end in bounded time.
 
 Without it they wait in a collective until its timeout, or until torchrun's shutdown timeout, which has to be as
-long as a save may take.
+long as a save may take. Two threads: one talks to the rendezvous store, where every operation may block for ever when
+the network is cut; the other one touches no network and ends the process when the first gets no answer.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
 from sftdist.core.errors import SftdistError
+from sftdist.core.failure import KILLED, LOST, STALLED, Failure, failure_of, here, lines
+from sftdist.core.oom import oom_kills
+from sftdist.core.processes import alive, stopped
+from sftdist.core.progress import Awake, LastChange, Progress
+from sftdist.core.vitals import (
+    Standstill,
+    Vitals,
+    culprit,
+    from_collective,
+    others_doing,
+    pack,
+    unpack_standstill,
+    unpack_vitals,
+)
 
 POLL_SECONDS = 0.5
-DYING_SECONDS = 0.2  # between the end of a process's sockets and its own
+BEAT_SECONDS = 3.0
 LAST_WORDS_SECONDS = 3.0  # for a rank that has hit the same error by itself and is about to say so
+READ_SECONDS = 1.0  # for the others to read of a failure before this rank's agent ends, and the store with it
+REPORT_SECONDS = 10.0  # a report is written to a file system that may have gone with the network
 
 
 class PeerError(SftdistError):
     """This rank failed after another had: the other's error is the one to report."""
 
 
+@dataclass(frozen=True)
+class Rank:
+    """This rank among `size`, and the ranks of its host."""
+
+    number: int
+    size: int
+    local: range
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: `lost`: how long nothing may be heard of a rank or of the store; `hang`: how long no rank may get on."""
+
+    lost: float
+    hang: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What the ranks hear of the first failure: whose it is, who reports it, and the headline."""
+
+    rank: int
+    pid: int
+    kind: str
+    reporter: int
+    text: str
+
+
 class Peers:
-    """One rank's view of the others, over a store connection of its own and a daemon thread."""
+    """One rank's view of the others. `connect` opens a store connection, which serves one thread at a time."""
 
-    def __init__(self, rank: int, local_ranks: range, prefix: str, report: Callable[[int, str], None]) -> None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        connect = timedelta(seconds=60)
-        # Two connections: a store connection serves one thread at a time.
-        self._tell, self._watch = (
-            dist.PrefixStore(prefix, dist.TCPStore(host, port, timeout=connect, wait_for_workers=False))
-            for _ in range(2)
-        )
-        self._rank = rank
-        self._locals = [peer for peer in local_ranks if peer != rank]
-        self._left = threading.Event()
+    def __init__(
+        self,
+        me: Rank,
+        connect: Callable[[], dist.Store],
+        progress: Progress,
+        patience: Patience,
+        report: Callable[[Failure], None],
+    ) -> None:
+        self._me = me
+        self._progress = progress
+        self._patience = patience
         self._report = report
-        self._first: bool | None = None
+        self._tell, self._store = connect(), connect()  # the main thread's and the talking thread's
+        self._failing = threading.Event()  # the main thread has an error and is about to say it
+        self._known = threading.Event()  # a failure is known: what follows needs no network
+        self._left = threading.Event()  # the main thread has said its error, or is done
+        self._own: Failure | None = None
+        self._reporting = threading.Lock()
+        self._oom_kills = oom_kills()
+        self._clock = Awake()
+        self._contact = 0.0
+        self._beats, self._next_beat = 0, 0.0
+        self._beat_seconds = min(BEAT_SECONDS, patience.lost / 4)
+        self._locals: dict[int, Vitals] = {}
+        self._next = me.number
+        self._heard = LastChange(0.0)
+        self._moved = LastChange(0.0)
+        self._begun = self._present = self._stands = False
 
-    @classmethod
-    def join(cls, rank: int, local_rank: int, prefix: str, report: Callable[[int, str], None]) -> Peers:
-        """Announce this rank and start to watch: all ranks for failures, those of this host for being alive.
+    def join(self) -> None:
+        """Announce this rank and start to watch."""
+        self._beat()
+        self._watch_next()
+        for thread in (self._talk, self._guard):
+            threading.Thread(target=thread, name="peers", daemon=True).start()
 
-        `report(rank, text)` is called on one rank of all when a rank has died without a word.
-        """
-        first = rank - local_rank
-        local_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        peers = cls(rank, local_ranks, prefix, report)
-        peers._tell.set(f"pid/{rank}", str(os.getpid()))
-        threading.Thread(target=peers._run, name="peers", daemon=True).start()
-        return peers
-
-    def fail(self, text: str) -> bool:
-        """Publish this rank's failure; True where it is the first one (and again, when asked again).
+    def fail(self, error: BaseException) -> bool:
+        """Report this rank's error, where it is the first failure of all ranks; True then.
 
         A collective fails within a moment of a peer's death: that death is the failure then, not its echo here.
         """
-        if self._first is None:
-            self._left.set()
-            time.sleep(DYING_SECONDS)
-            self._publish_deaths(self._tell)
-            self._first = _publish(self._tell, self._rank, text)
-        return self._first
+        self._failing.set()
+        failure, echo = failure_of(error, self._me.number, self._progress.now), from_collective(error)
+        if not echo:
+            self._own = failure
+        try:
+            if echo:
+                self._await_cause()
+            first = self._publish(self._tell, failure)
+        except dist.DistError as gone:
+            if echo:
+                self._end_cut_off(_store_gone(gone))
+            first = True
+        if first:
+            self._say(failure)
+            time.sleep(READ_SECONDS)
+        self._left.set()
+        return first
 
     def leave(self) -> None:
         """Stop watching and being watched: this rank is done."""
+        with suppress(dist.DistError):  # then nobody is left to be told
+            self._tell.set(f"left/{self._me.number}", "1")
+            self._tell.add("left", 1)
         self._left.set()
-        self._tell.set(f"left/{self._rank}", "1")
 
-    def _run(self) -> None:
+    # The thread that talks to the store.
+
+    def _talk(self) -> None:
         try:
             while not self._left.wait(POLL_SECONDS):
-                self._publish_deaths(self._watch)
-                if self._watch.check(["failure"]) and not self._left.wait(LAST_WORDS_SECONDS):
-                    os._exit(1)
-        except dist.DistError as error:  # the store went with its host: collectives and torchrun report the rest
-            if not self._left.is_set():
-                print(f"rank {self._rank}: the rendezvous store is gone ({error})", file=sys.stderr, flush=True)
+                self._round()
+                self._contact = self._clock.seconds
+        except dist.DistError as gone:
+            if not self._left.wait(LAST_WORDS_SECONDS):
+                self._end_cut_off(_store_gone(gone))
 
-    def _publish_deaths(self, store: dist.Store) -> None:
-        for peer in self._locals:
-            if _died(store, peer) and _publish(store, peer, _DEATH):
-                self._report(peer, _DEATH)
+    def _round(self) -> None:
+        if self._clock.seconds >= self._next_beat:
+            self._beat()
+        if self._store.check(["failure"]):
+            self._end_after(Notice(**json.loads(self._store.get("failure"))))
+        if not self._present and self._store.check(["roll call"]):
+            self._store.add("present", 1)
+            self._present = True
+        self._look_for_deaths()
+        self._listen()
+        self._look_for_standstill()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._next_beat = self._clock.seconds + self._beat_seconds
+        self._store.set(f"beat/{self._me.number}", pack(self._vitals()))
+
+    def _vitals(self) -> Vitals:
+        return Vitals.of(self._me.number, self._progress.now, self._beats)
+
+    def _look_for_deaths(self) -> None:
+        """Ranks of this host that have announced themselves, have ended, and did not say that they were done."""
+        for peer in self._me.local:
+            if peer not in self._locals and self._store.check([f"beat/{peer}"]):
+                self._locals[peer] = unpack_vitals(self._store.get(f"beat/{peer}"))
+        for peer, known in self._locals.items():
+            if not alive(known.pid) and not self._has_left(peer):
+                self._report_other(peer, KILLED, _death(out_of_memory=oom_kills() > self._oom_kills))
+
+    def _listen(self) -> None:
+        """To the next rank that is still there: a ring, so that the store serves one reader per rank."""
+        if self._next == self._me.number or not self._store.check([f"beat/{self._next}"]):
+            return
+        silence = self._heard.age(self._store.get(f"beat/{self._next}"), self._clock.seconds)
+        if silence > 2 * self._beat_seconds and self._has_left(self._next):
+            self._watch_next()
+        elif silence > self._patience.lost:
+            self._report_other(self._next, LOST, self._silent(silence))
+
+    def _watch_next(self) -> None:
+        self._next = (self._next + 1) % self._me.size
+        self._heard = LastChange(self._clock.seconds)
+
+    def _silent(self, seconds: float) -> str:
+        known = self._locals.get(self._next)
+        if known is not None and stopped(known.pid):
+            return f"not heard of for {seconds:.0f} s: its process is stopped (by SIGSTOP or a debugger)"
+        return (
+            f"not heard of for {seconds:.0f} s: the network is cut, the host is down or the process is frozen (stopped)"
+        )
+
+    def _look_for_standstill(self) -> None:
+        """When no rank has got on for so long, one of them judges which one holds up the others."""
+        stands = self._stands_still()
+        if stands != self._stands:
+            self._stands = stands
+            self._store.set(f"standstill/{self._me.number}", pack(Standstill.of(self._vitals())))
+            self._store.add("standing", 1 if stands else -1)
+        if stands and self._everybody("standing") and self._wins("judge"):
+            self._judge()
+
+    def _stands_still(self) -> bool:
+        """Loading a model may take long: the watch begins with the first activity of any rank."""
+        count = self._progress.now.count
+        if not self._begun and (count or self._store.check(["begun"])):
+            self._store.set("begun", "1")
+            self._begun = True
+        age = self._moved.age((count, self._begun), self._clock.seconds)
+        return self._begun and age > self._patience.hang
+
+    def _judge(self) -> None:
+        names = [f"standstill/{peer}" for peer in range(self._me.size)]
+        ranks = [unpack_standstill(self._store.get(name)) for name in names if self._store.check([name])]
+        slowest = culprit(ranks)
+        seconds, others = self._patience.hang, [one for one in ranks if one != slowest]
+        reason = f"no rank has got on for {seconds:.0f} s, and this one holds up the others"
+        reason += f" ({others_doing(others)})" if others else ""
+        self._report_other(slowest.vitals.rank, STALLED, reason, slowest.stack)
+
+    # Failures.
+
+    def _report_other(self, peer: int, kind: str, message: str, stack: str = "") -> None:
+        known, mine = unpack_vitals(self._store.get(f"beat/{peer}")), self._progress.now
+        rows = mine.rows if mine.step == known.step else ()
+        failure = known.failure(kind, rows, message, stack)
+        if self._publish(self._store, failure):
+            self._say(failure)
+
+    def _publish(self, store: dist.Store, failure: Failure) -> bool:
+        """True for the first failure of all ranks."""
+        notice = Notice(failure.rank, failure.pid, failure.kind, self._me.number, lines(failure)[0])
+        mine = json.dumps(asdict(notice))
+        found = store.compare_set("failure", "", mine).decode("utf-8")
+        self._known.set()
+        return found == mine
+
+    def _say(self, failure: Failure) -> None:
+        """Report, once in this process."""
+        if self._reporting.acquire(blocking=False):
+            teller = threading.Thread(target=self._report, args=(failure,), name="report", daemon=True)
+            teller.start()
+            teller.join(REPORT_SECONDS)
+
+    def _end_after(self, first: Notice) -> None:
+        """Another rank has failed: this one ends, as soon as its main thread has had its say."""
+        self._known.set()
+        frozen = first.kind == LOST and first.rank in self._me.local and first.rank != self._me.number
+        if frozen:  # it cannot end itself
+            with suppress(ProcessLookupError):
+                os.kill(first.pid, signal.SIGKILL)
+        if self._me.number == self._me.local.start and first.reporter not in self._me.local:
+            print(first.text, file=sys.stderr, flush=True)
+        if not self._left.wait(LAST_WORDS_SECONDS) and not (self._failing.is_set() and self._left.wait(REPORT_SECONDS)):
+            os._exit(1)
+
+    def _await_cause(self) -> None:
+        """Wait until another rank's failure is known, or all ranks are known to live: then this error is the cause."""
+        self._tell.set("roll call", "1")
+        deadline = time.monotonic() + self._patience.lost + 2 * BEAT_SECONDS
+        while time.monotonic() < deadline and not self._tell.check(["failure"]):
+            if self._tell.add("present", 0) + self._tell.add("left", 0) >= self._me.size:
+                return
+            time.sleep(POLL_SECONDS / 2)
+
+    # The thread that touches no network.
+
+    def _guard(self) -> None:
+        while not (self._left.wait(POLL_SECONDS) or self._known.is_set()):
+            self._clock.tick()
+            silence = self._clock.seconds - self._contact
+            if silence > self._patience.lost:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                self._end_cut_off(
+                    f"no contact with the rendezvous store at {where} for {silence:.0f} s: "
+                    "the network is cut or that host is down"
+                )
+
+    def _end_cut_off(self, reason: str) -> None:
+        """Without a store the ranks of a host agree by themselves: the first that still runs reports, and all end."""
+        if not any(alive(known.pid) for peer, known in list(self._locals.items()) if peer < self._me.number):
+            self._say(self._own or here(LOST, self._me.number, self._progress.now, reason))
+        time.sleep(LAST_WORDS_SECONDS)
+        os._exit(1)
+
+    def _has_left(self, peer: int) -> bool:
+        return self._store.check([f"left/{peer}"])
+
+    def _everybody(self, counter: str) -> bool:
+        return self._store.add(counter, 0) + self._store.add("left", 0) >= self._me.size
+
+    def _wins(self, key: str) -> bool:
+        mine = str(self._me.number)
+        return self._store.compare_set(key, "", mine).decode("utf-8") == mine
 
 
-_DEATH = "it died without a word; the kernel kills a process when memory runs out"
+def _death(*, out_of_memory: bool) -> str:
+    if out_of_memory:
+        return (
+            "memory ran out, on the host or in its control group, and the kernel killed it; "
+            "use fewer ranks per host, smaller packs (train.pack_tokens) or more memory"
+        )
+    return (
+        "it ended without a word: someone or the kernel killed it, or it crashed; "
+        "look at the scheduler's log and the kernel's (dmesg)"
+    )
 
 
-def print_death(rank: int, text: str) -> None:
-    """The default report: one line on standard error."""
-    print(f"sftdist: error: rank {rank}: {text}", file=sys.stderr, flush=True)
-
-
-def _publish(store: dist.Store, rank: int, text: str) -> bool:
-    mine = json.dumps({"rank": rank, "text": text})
-    return store.compare_set("failure", "", mine).decode("utf-8") == mine
-
-
-def _died(store: dist.Store, rank: int) -> bool:
-    """True for a rank of this host that has announced itself, has ended, and did not say that it was done."""
-    if not store.check([f"pid/{rank}"]) or _alive(int(store.get(f"pid/{rank}"))):
-        return False
-    return not store.check([f"left/{rank}"])
-
-
-def _alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return not Path("/proc/self/stat").exists()  # without a /proc nobody can be declared dead
-    except ProcessLookupError:
-        return False
+def _store_gone(error: dist.DistError) -> str:
+    return f"the rendezvous store has ended, and with it the first host's torchrun: its log says why ({error})"

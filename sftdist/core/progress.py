@@ -33,3 +33,35 @@ class Progress:
         """The same step goes on with something else: "forward and backward", "saving", ..."""
         before = self.now
         self.now = Activity(phase, before.step, before.rows, count=before.count + 1)
+
+
+class Awake:
+    """A clock of the seconds that this process was running: a suspended job has missed nothing meanwhile.
+
+    One thread that never blocks calls `tick` twice a second; others read `seconds`.
+    """
+
+    LONGEST = 2.0  # between two ticks of a process that runs
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += min(now - self._last, self.LONGEST)
+        self._last = now
+
+
+class LastChange:
+    """How long a value has stayed the same, by a clock that the caller reads."""
+
+    def __init__(self, now: float) -> None:
+        self.value: object = None
+        self._since = now
+
+    def age(self, value: object, now: float) -> float:
+        """Seconds since `value` was first seen."""
+        if value != self.value:
+            self.value, self._since = value, now
+        return now - self._since

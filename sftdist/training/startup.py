@@ -6,14 +6,19 @@ to one without.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import ConfigError, DataError, SftdistError, StartupError
+
+GIB = 2**30
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -32,21 +37,27 @@ def run_checks(world: World, checks: Sequence[Check], say: Callable[[str], None]
     """Run every check on every rank; if one rank refuses, all ranks raise its error and nobody waits for it."""
     for number, check in enumerate(checks, 1):
         started = time.perf_counter()
-        failure: SftdistError | None = None
-        try:
-            figures = check.figures()
-        except LocalFailure:
-            raise
-        except SftdistError as error:
-            failure = error
-        verdicts = world.gather_objects(None if failure is None else (type(failure), str(failure)))
-        failed = [(rank, verdict) for rank, verdict in enumerate(verdicts) if verdict is not None]
-        if failure is not None:
-            raise failure
-        if failed:
-            rank, (kind, message) = failed[0]
-            raise kind(f"{message} (found by rank {rank})")
+        figures = together(world, check.figures)
         say(f"check {number:2d}/{len(checks)} {check.name}: {figures} ({time.perf_counter() - started:.1f} s)")
+
+
+def together(world: World, find: Callable[[], Found]) -> Found:
+    """What `find` returns; where it raises on one rank, every rank raises that error before its next collective."""
+    failure: SftdistError | None = None
+    try:
+        found = find()
+    except LocalFailure:
+        raise
+    except SftdistError as error:
+        failure = error
+    verdicts = world.gather_objects(None if failure is None else (type(failure), str(failure)))
+    failed = [(rank, verdict) for rank, verdict in enumerate(verdicts) if verdict is not None]
+    if failure is not None:
+        raise failure
+    if failed:
+        rank, (kind, message) = failed[0]
+        raise kind(f"{message} (found by rank {rank})")
+    return found
 
 
 def same_on_every_rank(world: World, what: str, value: str) -> str:
@@ -59,6 +70,11 @@ def same_on_every_rank(world: World, what: str, value: str) -> str:
             "same checkout and the same token stores."
         )
     return f"{value[:12]} on {world.size} rank{'s' if world.size > 1 else ''}"
+
+
+def ranks_of_this_host(world: World) -> int:
+    """How many ranks share the memory of this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,19 @@ def check_bos(sources: Mapping[str, Supervision]) -> str:
     return "no conversation begins with two"
 
 
+def check_dtypes(dtypes: Mapping[str, str], compute: str) -> str:
+    """The forward computes in the configured dtype; masters and optimizer state are float32, so that small updates
+    are not rounded away. `dtypes`: of `weights`, `masters` and each moment."""
+    for name, dtype in dtypes.items():
+        required = compute if name == "weights" else "float32"
+        if dtype != required:
+            raise StartupError(
+                f"dtypes: {name} are {dtype}, they must be {required}. Set `precision` to what the weights are to "
+                "be computed in, and remove keys of zero.deepspeed that change the type of what is trained."
+            )
+    return f"{', '.join(f'{name} {dtype}' for name, dtype in dtypes.items())}, cross-entropy float32"
+
+
 def check_rows(vocabulary_rows: int, largest_id: int) -> str:
     """The embedding has a row for every id in the stores."""
     if largest_id >= vocabulary_rows:
@@ -119,16 +148,42 @@ def check_rows(vocabulary_rows: int, largest_id: int) -> str:
     return f"{vocabulary_rows} embedding rows, largest id {largest_id}"
 
 
-def check_disk(folder: Path, checkpoint_bytes: int) -> str:
-    """Room for two checkpoints: the one that is written while the last one is still kept."""
+def check_gradients(trainable: Sequence[str], reached: set[str], may_miss: bool) -> str:
+    """A backward pass gives a gradient to everything that is to be trained; `may_miss`: experts that no token chose,
+    and the parts of a model that text does not pass through, need not have one."""
+    missed = [name for name in trainable if name not in reached]
+    if not missed:
+        return f"a gradient reaches all {len(trainable)} trained tensors"
+    named = f"{', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''}"
+    if not may_miss:
+        raise StartupError(
+            f"{len(missed)} of {len(trainable)} tensors that are to be trained get no gradient ({named}); every one "
+            "needs one, or it stays as it is. Set model.activation_checkpointing=false, or leave them out of "
+            "tune.target."
+        )
+    return f"no gradient reaches {len(missed)} of {len(trainable)} trained tensors on this pack ({named})"
+
+
+def check_disk(folder: Path, checkpoint_bytes: int, count: int) -> str:
+    """Room for `count` more checkpoints: those that are kept, and the one that is written before the oldest goes."""
     free = shutil.disk_usage(folder).free
-    needed = 2 * checkpoint_bytes
+    needed = count * checkpoint_bytes
     if free < needed:
         raise StartupError(
-            f"{free / 2**30:.2f} GiB are free at {folder}, two checkpoints need {needed / 2**30:.2f} GiB. "
-            "Free some space, or put run.dir on another disk."
+            f"{free / GIB:.2f} GiB are free at {folder}, {count} more checkpoints need {needed / GIB:.2f} GiB. "
+            "Free some space, set checkpoint.keep_last lower, or put run.dir on another disk."
         )
-    return f"a checkpoint takes {checkpoint_bytes / 2**30:.3f} GiB, {free / 2**30:.1f} GiB free"
+    return f"a checkpoint takes {checkpoint_bytes / GIB:.3f} GiB, {free / GIB:.1f} GiB free for {count} more"
+
+
+def check_copy(copy_bytes: int, free_bytes: int) -> str:
+    """Room in host memory for the copy from which a checkpoint is written in the background."""
+    if free_bytes < copy_bytes:
+        raise StartupError(
+            f"checkpoint.background=true copies {copy_bytes / GIB:.2f} GiB to the memory of this host, but only "
+            f"{free_bytes / GIB:.2f} GiB are free there. Set checkpoint.background=false."
+        )
+    return f"its copy {copy_bytes / GIB:.3f} GiB of {free_bytes / GIB:.1f} GiB free memory"
 
 
 def check_grace(seconds: float, grace_seconds: float) -> str:
@@ -141,12 +196,18 @@ def check_grace(seconds: float, grace_seconds: float) -> str:
     return f"about {seconds:.1f} s of {grace_seconds:.0f} s grace"
 
 
-def compare_memory(predicted_bytes: float, measured_bytes: float, available_bytes: float, fixes: Sequence[str]) -> str:
+def compare_memory(
+    predicted_bytes: float, measured_bytes: float, available_bytes: float, fixes: Sequence[str] | None
+) -> str:
     """Predicted against measured memory on the costliest pack; refuses when it would not fit."""
-    figures = f"predicted {predicted_bytes / 2**30:.2f} GiB, measured {measured_bytes / 2**30:.2f} GiB"
+    figures = f"predicted {predicted_bytes / GIB:.2f} GiB, measured {measured_bytes / GIB:.2f} GiB"
     if measured_bytes > available_bytes:
-        raise StartupError(
-            f"memory: {figures}, but only {available_bytes / 2**30:.2f} GiB are there. Cheapest overrides that would "
-            f"fit: {'; '.join(fixes)}"
-        )
-    return f"{figures} of {available_bytes / 2**30:.1f} GiB on the costliest pack"
+        raise StartupError(f"memory: {figures}, but only {available_bytes / GIB:.2f} GiB are there. {advice(fixes)}")
+    return f"{figures} of {available_bytes / GIB:.1f} GiB on the costliest pack"
+
+
+def advice(fixes: Sequence[str] | None) -> str:
+    """The end of a message about memory: what to set."""
+    if not fixes:
+        return "No override is known that would fit: use more ranks, or GPUs with more memory."
+    return f"Cheapest overrides that would fit: {'; '.join(fixes)}"

@@ -11,19 +11,27 @@ import torch
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import ConfigError, DataError, StartupError
-from sftdist.training.contract import save_and_compare
+from sftdist.core.settings import CheckpointSettings
+from sftdist.model.loss import LossModel
+from sftdist.training.memory_probe import gradients_reached, ran_out_of_memory
 from sftdist.training.startup import (
     Check,
     Supervision,
     check_bos,
+    check_copy,
     check_disk,
+    check_dtypes,
     check_grace,
+    check_gradients,
     check_rows,
     check_supervision,
     compare_memory,
     run_checks,
     same_on_every_rank,
 )
+from sftdist.training.trial import checkpoints_at_once, write_and_compare
+from tests.models import tiny_model
+from tests.packed import random_row
 from tests.ranks import RankError, run_ranks
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -93,9 +101,52 @@ def test_an_id_without_a_row_is_refused() -> None:
     check_rows(101, 100)
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="two checkpoints need"):
-        check_disk(tmp_path, 2**60)
+def test_weights_masters_and_moments_have_the_types_that_were_asked_for() -> None:
+    sound = {"weights": "bfloat16", "masters": "float32", "exp_avg": "float32"}
+    assert "weights bfloat16, masters float32" in check_dtypes(sound, "bfloat16")
+    for name in sound:
+        with pytest.raises(StartupError, match=f"{name} are float16, they must be .*float"):
+            check_dtypes({**sound, name: "float16"}, "bfloat16")
+
+
+def test_layers_that_no_gradient_reaches_are_named() -> None:
+    """S18: a graph that is cut behind the layers, as reentrant checkpointing of frozen inputs does, trains the rest."""
+    model = tiny_model("llama")
+    module = LossModel(model, num_sources=2, chunk=16).train()
+    names = [name for name, _ in module.named_parameters()]
+    cut = model.model.layers[1].register_forward_hook(lambda layer, inputs, output: output.detach())
+    with gradients_reached(module) as reached:
+        (module(**random_row([7, 9]).fields(), weights=None).sum * 0).backward()
+    with pytest.raises(StartupError, match=r"19 of 21 tensors .* get no gradient .*layers\.0\.self_attn"):
+        check_gradients(names, reached, may_miss=False)
+    assert "no gradient reaches 19 of 21" in check_gradients(names, reached, may_miss=True)
+    cut.remove()
+    with gradients_reached(module) as reached:
+        (module(**random_row([7, 9]).fields(), weights=None).sum * 0).backward()
+    assert check_gradients(names, reached, may_miss=False) == "a gradient reaches all 21 trained tensors"
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+
+
+def test_lack_of_memory_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as huge:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert ran_out_of_memory(huge.value)
+    assert ran_out_of_memory(MemoryError())
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not ran_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_disk_without_room_for_what_will_be_kept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="3 more checkpoints need"):
+        check_disk(tmp_path, 2**60, 3)
+    assert checkpoints_at_once(CheckpointSettings(keep_last=2)) == 3
+    assert checkpoints_at_once(CheckpointSettings(keep_last=1, keep_best=True)) == 3
+
+
+def test_a_copy_that_does_not_fit_into_host_memory_is_refused() -> None:
+    with pytest.raises(StartupError, match=r"2\.00 GiB .* only 1\.00 GiB are free there\. Set .*background=false"):
+        check_copy(2**31, 2**30)
+    check_copy(2**30, 2**31)
 
 
 def test_a_save_longer_than_the_grace_is_refused() -> None:
@@ -106,10 +157,12 @@ def test_a_save_longer_than_the_grace_is_refused() -> None:
 def test_a_pack_that_does_not_fit_names_the_overrides() -> None:
     with pytest.raises(StartupError, match=r"would fit: zero\.stage=3"):
         compare_memory(90 * 2.0**30, 95 * 2.0**30, 80 * 2.0**30, ["zero.stage=3"])
+    with pytest.raises(StartupError, match="No override is known that would fit: use more ranks"):
+        compare_memory(90 * 2.0**30, 95 * 2.0**30, 80 * 2.0**30, None)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="a trial save failed"):
-        save_and_compare(tmp_path / "absent" / "trial.safetensors", {"weight": torch.ones(4)})
-    save_and_compare(tmp_path / "trial.safetensors", {"weight": torch.ones(4)})
+        write_and_compare(tmp_path / "absent" / "trial.safetensors", {"weight": torch.ones(4)})
+    assert write_and_compare(tmp_path / "trial.safetensors", {"weight": torch.ones(4)}) > 0
     assert not list(tmp_path.iterdir()), "the trial leaves nothing behind"

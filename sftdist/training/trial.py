@@ -1,0 +1,98 @@
+"""Start-up check 10: a small trial save, written, verified and read back; its speed gives the time of a whole one."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sftdist.core import memory
+from sftdist.core.distributed import World
+from sftdist.core.errors import StartupError
+from sftdist.core.settings import CheckpointSettings
+from sftdist.core.storage import sha256_file
+from sftdist.training.checkpoint import checkpoint_bytes
+from sftdist.training.checkpoint_files import steps_in
+from sftdist.training.engine import Engine
+from sftdist.training.startup import check_copy, check_disk, check_grace, ranks_of_this_host, together
+
+TRIAL_BYTES = 2**24
+
+
+def save_figures(engine: Engine, run_dir: Path, world: World, settings: CheckpointSettings) -> str:
+    """Save, read back and compare some parameters; then room on the disk, room for a copy, and the time of a save.
+
+    With `background` a preemption may find a save under way, which has to end before the last one begins.
+    """
+    whole = checkpoint_bytes(engine)
+    gather, write = trial_seconds(engine, run_dir, world, whole)
+    existing = len(steps_in(run_dir / "checkpoints"))
+    figures = [check_disk(run_dir, whole, max(1, checkpoints_at_once(settings) - existing))]
+    seconds = gather + write
+    if settings.background:
+        share = whole * ranks_of_this_host(world) // world.size
+        figures.append(f"{check_copy(share, memory.free_bytes())}, training waits about {gather:.1f} s for it")
+        seconds += write
+    figures.append(f"a save takes {check_grace(seconds, settings.grace_seconds)}")
+    return "; ".join(figures)
+
+
+def checkpoints_at_once(settings: CheckpointSettings) -> int:
+    """How many checkpoints are on the disk at the end of a save: what is kept, the best, and the one just written.
+
+    Those of `keep_every` are not counted: their number grows with the run.
+    """
+    return max(1, settings.keep_last) + 1 + settings.keep_best
+
+
+def trial_seconds(engine: Engine, run_dir: Path, world: World, whole: int) -> tuple[float, float]:
+    """How long a checkpoint of `whole` bytes would take to gather, and to write, flush and hash; the slowest rank's.
+
+    One rank writes the trial: the ranks of a whole save share its bytes, and as a rule the disk, too.
+    """
+    started = time.perf_counter()
+    piece = some_state(engine)
+    gathered = time.perf_counter() - started
+    written = together(world, lambda: write_and_compare(run_dir / ".trial.safetensors", piece) if world.is_main else 0)
+    share = whole / max(1, sum(tensor.nbytes for tensor in piece.values()))
+    return world.all_reduce_max(gathered) * share, world.all_reduce_max(written) * share
+
+
+def some_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """The first parameters with their moments, in host memory; the same on every rank."""
+    piece: dict[str, torch.Tensor] = {}
+    for name, tensors in engine.state():
+        piece |= {f"{name}|{key}": tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        if sum(tensor.nbytes for tensor in piece.values()) >= TRIAL_BYTES:
+            break
+    return piece
+
+
+def write_and_compare(path: Path, piece: dict[str, torch.Tensor]) -> float:
+    """Seconds to write, flush and hash. Raises `StartupError` when the disk does not give back what was written."""
+    try:
+        started = time.perf_counter()
+        save_file(piece, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sha256_file(path)
+        seconds = time.perf_counter() - started
+        read = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StartupError(
+            f"{path}: a trial save failed ({error}); checkpoints need a writable disk with room. "
+            "Free some space, or give another run.dir."
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)
+    wrong = [name for name, tensor in piece.items() if not torch.equal(tensor, read[name])]
+    if wrong:
+        raise StartupError(
+            f"{path}: read back other values than were written ({', '.join(wrong[:3])}); this disk or file system "
+            "cannot be trusted with a checkpoint. Give another run.dir."
+        )
+    return seconds

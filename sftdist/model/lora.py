@@ -10,20 +10,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sftdist.core.errors import CheckpointError, ConfigError
-from sftdist.model.backends.interface import Documents
 from sftdist.model.load import is_tied
 
 ALL_LINEAR = "all-linear"
-MERGE_TOLERANCE = 1e-4  # of the largest logit; a merge is made and compared in float32
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+MERGE_TOLERANCE = 1e-3  # of what an adapter changes in a layer's outputs; merged and compared in float32
+ROUNDING = 1e-5  # of the outputs themselves
 UNTRAINED_NORM = 0.1  # of the median norm of a row
 UNTRAINED_DISTANCE = 0.05  # of the median distance between rows
 
@@ -55,15 +60,15 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeProof:
-    """`error`: logits of merged against base + adapter, as a share of the largest; `moved`: against the base, likewise.
+class LayerMerge:
+    """What the merge of one layer did. `change`: norm of the change over the norm of the weights. `error`: of the
+    merged layer's outputs, as a share of what the adapter changes in them. `kept`: the share of the change that is left
+    after rounding to the dtype that is written. `written`: whether any rounded weight differs from the base's."""
 
-    `deltas`: per layer the norm of the change over the norm of the weight.
-    """
-
+    change: float
     error: float
-    moved: float
-    deltas: dict[str, float]
+    kept: float
+    written: bool
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec, *, train_rows: Sequence[int] = ()) -> tuple[PeftModel, Coverage]:
@@ -191,102 +196,153 @@ def _untrained(matrix: Tensor, ids: Sequence[int]) -> set[int]:
     return found
 
 
-def merge(model: PeftModel) -> tuple[PreTrainedModel, MergeProof]:
-    """Merge the adapters into the base weights in float32, in place, and prove it on a fixed row of tokens.
-
-    Raises CheckpointError if the merged model is not base + adapter, or is still the base.
-    """
-    model.float().eval()
-    adapted = _logits(model)
-    with model.disable_adapter():
-        base = _logits(model)
-    deltas = {name: _merge_layer(layer) for name, layer in _adapter_layers(model)}
-    merged = model.base_model.unload()
-    result = _logits(merged)
-    largest = adapted.abs().max()
-    proof = MergeProof(
-        error=((result - adapted).abs().max() / largest).item(),
-        moved=((result - base).abs().max() / largest).item(),
-        deltas=deltas,
-    )
-    if not proof.error <= MERGE_TOLERANCE:
-        raise CheckpointError(
-            f"merge: the merged logits differ from base + adapter by {proof.error:.3g} of the largest "
-            f"(allowed: {MERGE_TOLERANCE:g}): export the adapter alone with export.merge=false"
-        )
-    if proof.moved == 0.0:
-        raise CheckpointError("merge: the merged model equals the base; the adapter has learned nothing")
-    return merged, proof
-
-
-def _merge_layer(layer: BaseTunerLayer) -> float:
-    """Merge one layer; return by how much its weights changed, relative to their norm."""
-    before = [parameter.detach().clone() for parameter in _base_weights(layer)]
-    layer.merge(safe_merge=True)
-    change = sum((new - old).square().sum() for new, old in zip(_base_weights(layer), before, strict=True))
-    return float((change / sum(old.square().sum() for old in before)) ** 0.5)
-
-
-def _base_weights(layer: BaseTunerLayer) -> list[Tensor]:
-    return [parameter.detach() for parameter in layer.get_base_layer().parameters(recurse=False)]
-
-
-@torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
-    """Logits of a fixed row of tokens, spread over the vocabulary."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    device = next(model.parameters()).device
-    ids = torch.linspace(0, rows - 1, 24).long().to(device)
-    documents = Documents.of_lengths([len(ids)], device)
-    output = model(input_ids=ids[None], use_cache=False, **documents.model_arguments())
-    logits: Tensor = output.logits[0].float()
-    return logits
-
-
-def merged_parameters(model: PeftModel, full: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(
+    model: PeftModel,
+    full: Callable[[str], Tensor],
+    dtype: torch.dtype = torch.float32,
+    proofs: dict[str, LayerMerge] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the model underneath, its name there and its merged float32 value, one layer at a time.
 
     The model stays as it is, partitioned or not: `full(name)` gives the whole float32 value of one of its parameters,
-    the same calls in the same order on every rank.
+    the same calls in the same order on every rank. Each merge is proven against the layer's own forward; `proofs` gets
+    what it did, and what is left of it when the caller rounds to `dtype`. Raises CheckpointError that names the layer.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners: dict[int, nn.Module] = {}
+    owners: dict[int, tuple[str, nn.Module]] = {}
     adapters: set[int] = set()
-    for _, layer in _adapter_layers(model):
+    for layer_name, layer in _adapter_layers(model):
         base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
         adapters |= {id(parameter) for parameter in layer.parameters()} - base
         for index in base:
-            owners.setdefault(index, layer)  # the outermost layer comes first, and holds the others
+            owners.setdefault(index, (layer_name, layer))  # the outermost layer comes first, and holds the others
     merged: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters():
         index = id(parameter)
         if index in adapters:
             continue
         if index in owners and index not in merged:
-            merged |= _merged_copy(owners[index], lambda index: full(names[index]))
+            layer_name, layer = owners[index]
+            values = {id(part): full(names[id(part)]) for part in layer.parameters()}
+            found, proof = _merged_copy(_name_underneath(layer_name), layer, values, dtype)
+            merged |= found
+            del values, found  # the caller holds one value at a time, and so does this
+            if proofs is not None:
+                proofs[_name_underneath(layer_name)] = proof
         yield _name_underneath(name), merged.pop(index) if index in merged else full(name)
 
 
-def _merged_copy(layer: nn.Module, full: Callable[[int], Tensor]) -> dict[int, Tensor]:
+@torch.no_grad()
+def _merged_copy(
+    name: str, layer: nn.Module, values: Mapping[int, Tensor], dtype: torch.dtype
+) -> tuple[dict[int, Tensor], LayerMerge]:
     """The merged weights of a layer by the identity of the live ones; merged by PEFT in a copy of the layer."""
-    values = {id(parameter): full(id(parameter)) for parameter in layer.parameters()}
-    standalone = _standalone(layer, values)
-    for _, part in _adapter_layers(standalone):
-        part.merge(safe_merge=True)
+    twin = _standalone(layer, values).eval()
     live = [id(parameter) for parameter in _innermost(layer).parameters()]
-    return dict(zip(live, (p.detach() for p in _innermost(standalone).parameters()), strict=True))
+    error = _merge_and_compare(name, twin)
+    merged = [parameter.detach() for parameter in _innermost(twin).parameters()]
+    proof = _proof([values[index] for index in live], merged, error, dtype)
+    return dict(zip(live, merged, strict=True)), proof
+
+
+def _merge_and_compare(name: str, twin: nn.Module) -> float:
+    """Merge the adapters of a standalone layer. For a few random inputs it must give what base + adapter gave, by the
+    forward that was trained and not by the formula of the merge; returns the largest error."""
+    parts = [part for _, part in _adapter_layers(twin)]
+    inputs = [_inputs(part) for part in parts]
+    plain = [_base_output(part, x) for part, x in zip(parts, inputs, strict=True)]
+    wanted = [_adapted_output(part, x) for part, x in zip(parts, inputs, strict=True)]
+    for part in parts:
+        part.merge(safe_merge=True)
+    errors = [0.0]
+    for part, x, base, expected in zip(parts, inputs, plain, wanted, strict=True):
+        if x is None or base is None or expected is None:
+            continue
+        change = float((expected - base).norm())
+        error = float((_base_output(part, x) - expected).norm())
+        if not error <= MERGE_TOLERANCE * change + ROUNDING * float(base.norm()):
+            raise CheckpointError(
+                f"merge: {name} merged is not base + adapter: its outputs differ by {error:.3g}, where the adapter "
+                f"changes them by {change:.3g}; export the adapter alone with export.merge=false"
+            )
+        errors.append(error / change if change else 0.0)
+    return max(errors)
+
+
+def _inputs(part: BaseTunerLayer) -> Tensor | None:
+    """A few fixed inputs that tell whether a layer's weights are right; None for a kind of layer unknown here."""
+    base = part.get_base_layer()
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(part, ParamWrapper):
+        weight = part.get_param()
+        return torch.randn(*weight.shape[:-2], weight.shape[-1], 2, generator=generator).to(weight.device)
+    if isinstance(base, nn.Embedding):
+        rows = part.token_indices["default"] if isinstance(part, TrainableTokensLayer) else []
+        spread = torch.linspace(0, base.num_embeddings - 1, 16).long()
+        return torch.cat([spread, torch.tensor(rows, dtype=torch.int64)]).to(base.weight.device)
+    if isinstance(base, nn.Linear | Conv1D):
+        width = base.in_features if isinstance(base, nn.Linear) else base.weight.shape[0]
+        return torch.randn(4, width, generator=generator).to(base.weight.device)
+    return None
+
+
+def _base_output(part: BaseTunerLayer, x: Tensor | None) -> Any:
+    if x is None:
+        return None
+    return part.get_param() @ x if isinstance(part, ParamWrapper) else part.get_base_layer()(x)
+
+
+def _adapted_output(part: BaseTunerLayer, x: Tensor | None) -> Any:
+    """What the layer gives with its adapter beside it."""
+    if x is None:
+        return None
+    if isinstance(part, ParamWrapper):  # its forward needs a router; these are the factors that it multiplies with
+        left, right, scaling = part.get_delta_factors("default")
+        return part.get_param() @ x + scaling * (left @ (right @ x))
+    return part(x)
+
+
+def _proof(before: Sequence[Tensor], after: Sequence[Tensor], error: float, dtype: torch.dtype) -> LayerMerge:
+    """Sums over the parameters of a layer, one after another."""
+    size = change = kept = 0.0
+    written = False
+    for old, new in zip(before, after, strict=True):
+        delta, rounded = new - old, new.to(dtype)
+        written = written or not torch.equal(rounded, old.to(dtype))
+        size += float(old.square().sum())
+        change += float(delta.square().sum())
+        kept += float(((rounded.float() - old) * delta).sum())
+    return LayerMerge(
+        change=(change / size) ** 0.5 if size else 0.0,
+        error=error,
+        kept=kept / change if change else 1.0,
+        written=written,
+    )
+
+
+def require_change(proofs: Mapping[str, LayerMerge], dtype: str) -> None:
+    """Raises CheckpointError where a merge leaves the base as it was, in the dtype that is written."""
+    if not any(proof.change for proof in proofs.values()):
+        raise CheckpointError("merge: the merged model equals the base: the adapter has learned nothing")
+    if not any(proof.written for proof in proofs.values()):
+        largest = max(proof.change for proof in proofs.values())
+        raise CheckpointError(
+            f"merge: the adapter changes the weights by {largest:.1e} of their size at most, which is lost in the "
+            f"rounding to {dtype}: the merged model would equal the base. Use export.dtype=fp32, or export.merge=false"
+        )
 
 
 def _standalone(module: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
-    """A copy of a module tree with these values for its parameters; hooks of the live one act on nothing here."""
+    """A copy of a module tree over these values, without the hooks of the live one: an engine's would look for its own
+    parameters here. A safe merge replaces a parameter's data, so the values stay as they are."""
     twin = copy.copy(module)
     twin.__dict__ = {
         key: copy.copy(value) if isinstance(value, list | set | dict) else value for key, value in vars(module).items()
     }
+    for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
+        hooks.clear()
     own = module._parameters.items()
-    twin._parameters = {
-        name: p if p is None else nn.Parameter(values[id(p)].clone(), requires_grad=False) for name, p in own
-    }
+    twin._parameters = {name: p if p is None else nn.Parameter(values[id(p)], requires_grad=False) for name, p in own}
     children = module._modules.items()
     twin._modules = {name: child if child is None else _standalone(child, values) for name, child in children}
     return twin
@@ -305,10 +361,39 @@ def _name_underneath(name: str) -> str:
 def save_adapter(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Write `adapter_config.json` in PEFT's own format; returns the adapter's tensors under the names it reads them by.
 
-    `tensors`: the trainable parameters of the live model, whole. Raises CheckpointError if all of an adapter is zero.
+    `tensors`: the trainable parameters of the live model, whole.
     """
-    model.peft_config["default"].save_pretrained(str(folder))
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    # transformers sets it for what came from the Hub: the base that the adapter belongs to, not the newest one
+    config.revision = config.revision or getattr(model.get_base_model().config, "_commit_hash", None)
+    config.save_pretrained(str(folder))
     state: dict[str, Tensor] = get_peft_model_state_dict(model, dict(tensors), save_embedding_layers=False)
+    return state
+
+
+def require_learned(state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if every lora_B of an adapter's tensors is zero: it changes nothing."""
     if not any(bool(tensor.any()) for name, tensor in state.items() if "lora_B" in name):
         raise CheckpointError("every lora_B of the adapter is zero: it has learned nothing; train it before an export")
-    return state
+
+
+def load_adapter(folder: Path) -> PeftModel:
+    """The adapter in a folder on the base that its `adapter_config.json` names, as PEFT alone loads it.
+
+    Raises CheckpointError for a tensor that is missing or unknown.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    if not config.base_model_name_or_path:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base: use export.merge=true")
+    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype="auto")
+    model = PeftModel.from_pretrained(base, str(folder))
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        found = set(file.keys())
+    if found != expected:
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE}: missing {sorted(expected - found)[:5]}, unknown {sorted(found - expected)[:5]}"
+        )
+    loaded: PeftModel = model.eval()
+    return loaded

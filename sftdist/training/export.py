@@ -1,23 +1,20 @@
 """Export to a Hugging Face folder, shard by shard, and proven in a fresh process before it gets its name.
 
 A full run gives a model folder; a LoRA run the merged model with the adapter folder in `adapter/`, or the adapter
-alone. Rank 0 holds one shard and one tensor at a time. The files are written beside the final folder, checked by
-`export_check` there, and renamed when every check has passed.
+alone. Rank 0 holds one shard and one layer at a time (of a LoRA run all adapters, too), the other ranks one layer. The
+files are written beside the final folder, checked by `export_check` there, and renamed when every check has passed.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,21 +23,56 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
-from sftdist.core.storage import commit_directory, temporary_directory, write_json, write_manifest
-from sftdist.data.message import Message
-from sftdist.data.render import CLOCK
+from sftdist.core.storage import (
+    commit_directory,
+    remove_path,
+    temporary_directory,
+    write_json,
+    write_manifest,
+)
 from sftdist.data.template import ChatTemplate
-from sftdist.model.lora import merged_parameters, save_adapter
-from sftdist.model.loss import causal_lm
-from sftdist.training.engine import Engine
-from sftdist.training.export_check import LOGITS, PROBE, Probe, problems_of
+from sftdist.model.lora import (
+    ADAPTER_FILE,
+    LayerMerge,
+    merged_parameters,
+    require_change,
+    require_learned,
+    save_adapter,
+)
+from sftdist.model.loss import LossModel, causal_lm
+from sftdist.training.export_proof import FreshCheck, probe_rows, tolerance_of, write_probe
+from sftdist.training.shards import Shards
+from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "adapter"
-INDEX = "model.safetensors.index.json"
-_CHECK = "sftdist.training.export_check"
-_PROBE_ROWS, _PROBE_TOKENS = 3, 24
+_POLL_SECONDS = 0.2
+
+
+class Exportable(Protocol):
+    """What an export reads: the live engine, or a checkpoint with its base. Every verb is collective over `world`.
+
+    `module.model` says which parameters there are; they may be partitioned, so values come from the verbs. `updates`:
+    optimizer updates that were applied; without one nothing can have been learned.
+    """
+
+    module: LossModel
+    world: World
+    spec: EngineSpec
+    updates: int
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """[T,V] float32 of one document [T]."""
+        ...
+
+    def parameters(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name in the wrapped model and whole float32 value, one after another; a tied one comes once."""
+        ...
+
+    def value(self, name: str) -> Tensor:
+        """The whole float32 value of one of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,159 +84,197 @@ class ExportSpec:
     merge: bool = True
 
 
-def export_model(engine: Engine, template: ChatTemplate, folder: Path, spec: ExportSpec | None = None) -> Path:
+def export_model(
+    source: Exportable,
+    template: ChatTemplate,
+    folder: Path,
+    spec: ExportSpec | None = None,
+    *,
+    stopped: Callable[[], bool] | None = None,
+    written: Callable[[], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Path | None:
     """Write, prove and publish the trained model; an older export of the same name is replaced. Collective.
 
-    Raises CheckpointError on every rank when a file cannot be written, or when the exported folder, loaded by a fresh
-    process, is not the live model: the folder then keeps what it held.
+    `stopped` is asked on every rank between tensors and while the fresh process runs: where one says yes, nothing is
+    left behind and the result is None. `written` is called when all values have been read. Raises CheckpointError on
+    every rank when a file cannot be written, when the export is what training began with though updates were applied,
+    or when the folder, loaded by a fresh process, is not the live model: the folder then keeps what it held.
     """
-    spec = spec or ExportSpec()
-    world, model = engine.world, engine.module.model
-    logits = [engine.logits(row) for row in probe_rows(causal_lm(model))]
-    temp = Path(world.broadcast_object(str(temporary_directory(folder)) if world.is_main else None))
-    error = None
-    adapted = is_adapted(engine)
-    if adapted:
-        tensors = {name: value.cpu() for name, value in engine.parameters(trainable_only=True)}
-        error = _on_main(engine, lambda: _write_adapter(model, tensors, temp / ADAPTER if spec.merge else temp))
-    if error is None and (spec.merge or not adapted):
-        error = _write_shards(engine, temp, spec)
-    if error is None:
-        error = _on_main(engine, lambda: _finish(engine, template, temp, folder, spec, logits))
-    if world.is_main:
-        shutil.rmtree(temp, ignore_errors=True)
+    job = _Job(source, template, spec or ExportSpec(), stopped, say or (lambda text: None))
+    world = source.world
+    temp = Path(job.on_main(lambda: str(temporary_directory(folder))))
+    end: CheckpointError | _GivenUp | None = None
+    try:
+        job.write(temp)
+        if written is not None:
+            written()
+        job.prove(temp)
+        job.on_main(lambda: _publish(temp, folder))
+    except (CheckpointError, _GivenUp) as error:  # on every rank, or on none
+        end = error
+    finally:
+        if world.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
     world.barrier()
-    if error is not None:
-        raise CheckpointError(f"the export to {folder} failed: {error}")
-    return folder
+    if isinstance(end, CheckpointError):
+        raise CheckpointError(f"the export to {folder} failed: {end}") from end
+    return None if end else folder
 
 
-def verify_export(folder: Path, probe: Path | None = None, *, timeout_seconds: float = 1800.0) -> None:
-    """Check an exported folder in a fresh process: manifest, tensors, load, and the logits and ids of a probe.
-
-    Raises CheckpointError that names the file or the tensor.
-    """
-    listed = problems_of(folder)  # cheap, and here, so that a wrong file is named without loading anything
-    if listed:
-        raise CheckpointError(f"{folder} is not what was exported: {'; '.join(listed[:5])}")
-    arguments = [sys.executable, "-m", _CHECK, str(folder), *([str(probe)] if probe else [])]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=_plain_environment(), timeout=timeout_seconds)
-    if done.returncode:
-        reason = done.stdout.strip() or done.stderr.strip()[-500:]
-        raise CheckpointError(f"{folder} does not pass the check in a fresh process: {reason}")
-
-
-def is_adapted(engine: Engine) -> bool:
+def is_adapted(source: Exportable) -> bool:
     """True where adapters train, and the model underneath does not."""
-    return engine.module.model is not causal_lm(engine.module.model)
+    return source.module.model is not causal_lm(source.module.model)
 
 
-def probe_rows(model: PreTrainedModel) -> list[Tensor]:
-    """Token rows spread over the vocabulary, the same every time."""
-    rows = int(model.config.get_text_config(decoder=True).vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(rows, (_PROBE_TOKENS,), generator=generator) for _ in range(_PROBE_ROWS)]
+class _GivenUp(Exception):
+    """A rank was asked to stop, and all ranks know."""
 
 
-def _write_shards(engine: Engine, folder: Path, spec: ExportSpec) -> str | None:
-    """Stream every tensor to rank 0's disk; the error, the same on every rank, or None."""
-    model = causal_lm(engine.module.model)
-    shards = _Shards(folder, spec.shard_bytes)
-    for name, value in _tensors(engine):
-        if engine.world.is_main:
-            converted = revert_weight_conversion(model, {name: value.to("cpu", DTYPES[spec.dtype])})
-            for exported, tensor in converted.items():
-                shards.add(exported, tensor.contiguous())
-    return _on_main(engine, shards.finish)
+class _Job:
+    """One export under way."""
+
+    def __init__(
+        self,
+        source: Exportable,
+        template: ChatTemplate,
+        spec: ExportSpec,
+        stopped: Callable[[], bool] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._source, self._world, self._template, self._spec = source, source.world, template, spec
+        self._stopped, self._say = stopped, say
+        self._model = causal_lm(source.module.model)
+        self._whole = spec.merge or not is_adapted(source)  # a model folder, not an adapter alone
+        self._go_on("exporting")
+        self._logits = [source.logits(row) for row in probe_rows(self._model)]
+
+    def write(self, folder: Path) -> None:
+        """Every file of the export, the manifest last."""
+        known: dict[str, dict[str, Any]] = {}
+        if is_adapted(self._source):
+            self._write_adapter(folder / ADAPTER if self._whole else folder)
+        if self._whole:
+            known = self._write_shards(folder)
+        self.on_main(lambda: self._finish(folder, known))
+
+    def prove(self, folder: Path) -> None:
+        """In a fresh process on rank 0, while every rank may still be asked to stop."""
+        with tempfile.TemporaryDirectory() as scratch:
+            check = FreshCheck(folder, Path(scratch))
+            self.on_main(lambda: self._start(check, Path(scratch)))
+            try:
+                while self._world.all_reduce_max(float(check.running())):
+                    self._go_on("checking the export")
+                    time.sleep(_POLL_SECONDS)
+                self._go_on("checking the export")  # a signal to every process of the job has ended the check, too
+                self.on_main(check.require_passed)
+            finally:
+                check.kill()
+
+    def _start(self, check: FreshCheck, probe: Path) -> None:
+        dtype = self._spec.dtype if self._whole else "fp32"
+        tolerance = tolerance_of(self._source.spec.precision, dtype)
+        write_probe(probe, self._model, self._template, self._logits, tolerance)
+        check.start()
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, on every rank; where it fails there, every rank raises CheckpointError."""
+        value, error = None, None
+        if self._world.is_main:
+            try:
+                value = work()
+            except (OSError, SafetensorError, CheckpointError) as failure:
+                error = str(failure)
+        value, error = self._world.broadcast_object((value, error))
+        if error is not None:
+            raise CheckpointError(error)
+        return value
+
+    def _go_on(self, phase: str) -> None:
+        """Say what this rank is doing, and leave together with the others where one was asked to stop."""
+        self._world.progress.note(phase)
+        if self._stopped is not None and self._world.all_reduce_max(float(self._stopped())):
+            raise _GivenUp
+
+    def _write_adapter(self, folder: Path) -> None:
+        """The adapter's tensors are gathered one after another; rank 0 keeps them: PEFT names them all at once."""
+        tensors = {}
+        for name, value in self._source.parameters(trainable_only=True):
+            self._go_on("exporting")
+            if self._world.is_main:
+                tensors[name] = value.cpu()
+            del value
+        self.on_main(lambda: self._save_adapter(folder, tensors))
+
+    def _save_adapter(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        folder.mkdir(exist_ok=True)
+        state = save_adapter(self._source.module.model, tensors, folder)
+        if self._source.updates:
+            require_learned(state)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER_FILE)
+
+    def _write_shards(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Stream every tensor to rank 0's disk; what the manifest says of the files."""
+        shards = Shards(folder, self._spec.shard_bytes)
+        proofs: dict[str, LayerMerge] = {}
+        dtype = COMPUTE_DTYPE[self._spec.dtype]
+        for name, value in _tensors(self._source, dtype, proofs):
+            self._go_on("exporting")
+            if self._world.is_main:
+                converted = revert_weight_conversion(self._model, {name: value.to("cpu", dtype)})
+                for exported, tensor in converted.items():
+                    shards.add(exported, tensor.contiguous())
+                del converted, tensor
+            del value  # before the next one is gathered
+        if is_adapted(self._source):
+            if self._source.updates:
+                require_change(proofs, self._spec.dtype)
+            self._say(_describe(proofs, self._spec.dtype))
+        entries: dict[str, dict[str, Any]] = self.on_main(shards.finish)
+        return entries
+
+    def _finish(self, folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+        """Config, tokenizer and manifest."""
+        self._template.save(folder)
+        if self._whole:
+            write_json(folder / "generation_config.json", generation_config(self._model, self._template))
+            config = copy.deepcopy(self._model.config)
+            config.dtype = COMPUTE_DTYPE[self._spec.dtype]
+            for part in (config, config.get_text_config(decoder=True)):
+                part.use_cache = True  # off in training, and needed by everybody who generates
+            config.save_pretrained(str(folder))
+            if (folder / ADAPTER).is_dir():
+                self._template.save(folder / ADAPTER)
+        write_manifest(folder, known)
 
 
-def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: Exportable, dtype: torch.dtype, proofs: dict[str, LayerMerge]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model underneath, gathered one after another; a tied one comes once."""
-    model = engine.module.model
-    if is_adapted(engine):
-        yield from merged_parameters(model, engine.value)
+    model = source.module.model
+    if is_adapted(source):
+        yield from merged_parameters(model, source.value, dtype, proofs)
     else:
-        yield from engine.parameters()
+        yield from source.parameters()
     underneath = causal_lm(model)
     stored = set(underneath.state_dict())
     yield from ((name, buffer) for name, buffer in underneath.named_buffers() if name in stored)
 
 
-class _Shards:
-    """Safetensors files of at most `limit` bytes (or one larger tensor). An error is kept until `finish` raises it:
-    the other ranks count on this one in their collectives."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
-        self._pending: dict[str, Tensor] = {}
-        self._size = self._total = 0
-        self._written: list[list[str]] = []
-        self._error: OSError | SafetensorError | None = None
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and self._size + tensor.nbytes > self._limit:
-            self._flush()
-        self._pending[name] = tensor
-        self._size += tensor.nbytes
-        self._total += tensor.nbytes
-
-    def _flush(self) -> None:
-        if self._error is None:
-            try:
-                save_file(self._pending, self._folder / f"part-{len(self._written)}", metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
-                self._error = error
-        self._written.append(list(self._pending))
-        self._pending, self._size = {}, 0
-
-    def finish(self) -> None:
-        """Give the shards their names, which hold their number, and write the index."""
-        self._flush()
-        if self._error is not None:
-            raise self._error
-        count = len(self._written)
-        names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-        names = ["model.safetensors"] if count == 1 else names
-        for number, name in enumerate(names):
-            (self._folder / f"part-{number}").rename(self._folder / name)
-        if count > 1:
-            where = {tensor: name for name, part in zip(names, self._written, strict=True) for tensor in part}
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-            write_json(self._folder / INDEX, index)
-
-
-def _write_adapter(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    state = save_adapter(model, tensors, folder)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
-
-
-def _finish(
-    engine: Engine, template: ChatTemplate, temp: Path, folder: Path, spec: ExportSpec, logits: Sequence[Tensor]
-) -> None:
-    """Config, tokenizer and manifest; then the proof; then the name."""
-    model = causal_lm(engine.module.model)
-    template.save(temp)
-    if spec.merge or not is_adapted(engine):
-        write_json(temp / "generation_config.json", generation_config(model, template))
-        config = copy.deepcopy(model.config)
-        config.dtype = DTYPES[spec.dtype]
-        for part in (config, config.get_text_config(decoder=True)):
-            part.use_cache = True  # off in training, and needed by everybody who generates
-        config.save_pretrained(str(temp))
-        if (temp / ADAPTER).is_dir():
-            template.save(temp / ADAPTER)
-    write_manifest(temp)
-    with tempfile.TemporaryDirectory() as scratch:
-        probe = Path(scratch)
-        write_probe(probe, model, template, logits, tolerance_of(engine.spec.precision, spec.dtype))
-        verify_export(temp, probe)
+def _publish(temp: Path, folder: Path) -> None:
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        shutil.rmtree(old)
+        remove_path(folder)
     commit_directory(temp, folder)
+
+
+def _describe(proofs: Mapping[str, LayerMerge], dtype: str) -> str:
+    """What the merge did, in a line."""
+    changes = [proof.change for proof in proofs.values()]
+    worst = min(proofs, key=lambda name: proofs[name].kept)
+    return (
+        f"merged {len(proofs)} layers in float32: their weights changed by {min(changes):.1e} to {max(changes):.1e} of "
+        f"their size; rounded to {dtype}, at least {proofs[worst].kept:.0%} of the change is left ({worst})"
+    )
 
 
 def generation_config(model: PreTrainedModel, template: ChatTemplate) -> dict[str, Any]:
@@ -215,43 +285,3 @@ def generation_config(model: PreTrainedModel, template: ChatTemplate) -> dict[st
     config.pad_token_id = template.tokenizer.pad_token_id
     config.use_cache = True
     return dict(config.to_diff_dict())
-
-
-def tolerance_of(precision: str, dtype: str) -> float:
-    """How far logits may be from the live ones (root mean square): the rounding of the coarser of the two."""
-    return 1e-5 if precision == dtype == "fp32" else 3e-2
-
-
-def write_probe(
-    folder: Path, model: PreTrainedModel, template: ChatTemplate, logits: Sequence[Tensor], tolerance: float
-) -> None:
-    """What the fresh process compares with: rows of ids, the live model's logits, and the ids of a rendered prompt."""
-    rows = torch.stack(probe_rows(model))
-    live = torch.stack([part.float().cpu() for part in logits])
-    save_file({"ids": rows, "logits": live}, folder / LOGITS)
-    prompt = [Message(role="user", content="What is 2 + 3?  Say it  twice.")]
-    ids = template.encode_prompt(prompt)
-    text = template.render(prompt, add_generation_prompt=True)
-    messages = [{"role": message.role, "content": message.content} for message in prompt]
-    probe = Probe(messages, text, list(map(int, ids)), template.arguments, CLOCK.isoformat(), tolerance)
-    (folder / PROBE).write_text(json.dumps(vars(probe)), encoding="utf-8")
-
-
-def _on_main(engine: Engine, work: Any) -> str | None:
-    """Do something on rank 0; what went wrong, the same on every rank, or None."""
-    error = None
-    if engine.world.is_main:
-        try:
-            work()
-        except (OSError, SafetensorError, CheckpointError, subprocess.TimeoutExpired) as failure:
-            error = str(failure)
-    outcome: str | None = engine.world.broadcast_object(error)
-    return outcome
-
-
-def _plain_environment() -> dict[str, str]:
-    """Without torchrun's variables, and without GPUs: the training ranks hold those."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC_", "GROUP_"))}
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_RANK"):
-        kept.pop(key, None)
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

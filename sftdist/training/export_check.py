@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sftdist.core.distributed import STOP_SIGNALS, die_with_parent
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import verify_directory
 
@@ -74,7 +77,7 @@ def load_strictly(folder: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def logits_error(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> float:
+def logits_error(model: nn.Module, ids: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference to the expected logits [R,T,V] over rows of ids [R,T], as a share of theirs.
 
     Not the largest difference: rounding alone makes that of a few logits as large as a small fault's.
@@ -83,12 +86,12 @@ def logits_error(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tens
     return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
-def check(folder: Path, probe_folder: Path | None) -> str:
+def check(folder: Path, probe_folder: Path | None, load: Callable[[Path], nn.Module]) -> str:
     """The figures of a folder that passes; CheckpointError for one that does not."""
     problems = problems_of(folder)
     if problems:
         raise CheckpointError("; ".join(problems[:5]))
-    model = load_strictly(folder)
+    model = load(folder)
     if probe_folder is None:
         return f"{sum(p.numel() for p in model.parameters())} parameters"
     probe = Probe(**json.loads((probe_folder / PROBE).read_text(encoding="utf-8")))
@@ -115,10 +118,14 @@ def check_prompt(folder: Path, probe: Probe) -> None:
         raise CheckpointError(f"the exported tokenizer gives {ids[:20]}, training had {probe.ids[:20]}")
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], load: Callable[[Path], nn.Module] = load_strictly) -> int:
+    """The exit code; the figures or the reason are printed."""
+    die_with_parent()
+    for number in STOP_SIGNALS:  # a cluster signals every process of a job; the parent decides when this one ends
+        signal.signal(number, signal.SIG_IGN)
     folder, *probe = map(Path, arguments)
     try:
-        print(check(folder, probe[0] if probe else None))
+        print(check(folder, probe[0] if probe else None, load))
     except CheckpointError as error:
         print(error)
         return 1

@@ -22,8 +22,10 @@ from sftdist.data.message import Message
 from sftdist.data.template import ChatTemplate
 from sftdist.data.vocabulary import train_tokenizer
 from sftdist.model.lora import LoraSpec
-from sftdist.training.export import ADAPTER, INDEX, ExportSpec, export_model, verify_export
+from sftdist.training.export import ADAPTER, ExportSpec, export_model
 from sftdist.training.export_check import problems_of
+from sftdist.training.export_proof import verify_export
+from sftdist.training.shards import INDEX
 from tests.models import tiny_model
 from tests.ranks import run_ranks
 from tests.training_cases import ADAMW, Case, make_engine, packs_of, train_step
@@ -77,6 +79,7 @@ def export_all(world: World, folder: str, cases: dict[str, Case]) -> dict[str, E
             train_step(engine, world, packs_of(step), 1e-2)
         spec = ExportSpec(dtype=todo.precision, shard_bytes=SHARDS)
         path = export_model(engine, make_template(), Path(folder) / name, spec)
+        assert path is not None
         exported[name] = Exported(path, engine.logits(IDS).cpu().numpy(), before.cpu().numpy())
         engine.close()
     return exported

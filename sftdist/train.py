@@ -23,7 +23,7 @@ from sftdist.core.distributed import StopSignal, World, die_with_parent, is_work
 from sftdist.core.errors import TrainingError
 from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.settings import Init, Method, TrainConfig
-from sftdist.core.storage import read_json, read_jsonl, sha256_file, write_json
+from sftdist.core.storage import read_json, read_jsonl, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
 from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
@@ -35,6 +35,8 @@ from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
+from sftdist.model.load import weight_hashes
+from sftdist.model.loss import causal_lm
 from sftdist.training.build import (
     Trained,
     build_trained,
@@ -50,6 +52,7 @@ from sftdist.training.ending import ending, record_in_ledger
 from sftdist.training.export import ExportSpec, export_model
 from sftdist.training.loop import Calls, Flags, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
+from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.optimizer import lr_at
 from sftdist.training.retention import Keep
@@ -208,6 +211,8 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
+    if world.is_main:
+        write_outline(run_dir, causal_lm(trained.engine.module.model), corpus.template, trained.untrained)
     checkpoints = checkpoints_of(cfg, run_dir, trained, world)
     saved = checkpoints.load_latest(trained.engine, say)
     state = TrainState(**saved["run"]) if saved else TrainState()
@@ -349,11 +354,7 @@ def base_of(cfg: TrainConfig, commit: str | None, world: World) -> dict[str, Any
     """What the adapters of a LoRA run belong to, by content; a full fine-tune holds all of its weights itself."""
     if cfg.tune.method == Method.full:
         return None
-    hashes = None
-    if world.is_main:
-        folder = Path(str(cfg.model.path))
-        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        hashes = {file.name: sha256_file(file) for file in files}
+    hashes = weight_hashes(Path(str(cfg.model.path))) if world.is_main else None
     return {
         "path": cfg.model.path,
         "revision": commit or cfg.model.revision,

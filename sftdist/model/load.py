@@ -8,12 +8,14 @@ without it each rank holds the whole model in host memory until the engine takes
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftdist.core.errors import ConfigError, StartupError
+from sftdist.core.storage import sha256_file
 from sftdist.model.attention import register
 
 
@@ -35,6 +37,12 @@ def _config_of(path: str, revision: str | None) -> PreTrainedConfig:
             f"model.path={path}: no config.json could be loaded ({reason}); give the folder or Hub name of a causal "
             "language model"
         ) from error
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name of the weights in a model's folder; nothing where there is no such folder."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return {file.name: sha256_file(file) for file in files}
 
 
 def load_model(

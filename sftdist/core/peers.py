@@ -36,7 +36,7 @@ from sftdist.core.vitals import (
 )
 
 POLL_SECONDS = 0.5
-BEAT_SECONDS = 3.0
+BEAT_SECONDS = 3.0  # at the latest; sooner when there is something new to tell
 LAST_WORDS_SECONDS = 3.0  # for a rank that has hit the same error by itself and is about to say so
 READ_SECONDS = 1.0  # for the others to read of a failure before this rank's agent ends, and the store with it
 REPORT_SECONDS = 10.0  # a report is written to a file system that may have gone with the network
@@ -98,7 +98,7 @@ class Peers:
         self._oom_kills = oom_kills()
         self._clock = Awake()
         self._contact = 0.0
-        self._beats, self._next_beat = 0, 0.0
+        self._beats, self._told, self._next_beat = 0, 0, 0.0
         self._beat_seconds = min(BEAT_SECONDS, patience.lost / 4)
         self._locals: dict[int, Vitals] = {}
         self._next = me.number
@@ -155,7 +155,7 @@ class Peers:
                 self._end_cut_off(_store_gone(gone))
 
     def _round(self) -> None:
-        if self._clock.seconds >= self._next_beat:
+        if self._clock.seconds >= self._next_beat or self._progress.now.count != self._told:
             self._beat()
         if self._store.check(["failure"]):
             self._end_after(Notice(**json.loads(self._store.get("failure"))))
@@ -168,6 +168,7 @@ class Peers:
 
     def _beat(self) -> None:
         self._beats += 1
+        self._told = self._progress.now.count
         self._next_beat = self._clock.seconds + self._beat_seconds
         self._store.set(f"beat/{self._me.number}", pack(self._vitals()))
 

@@ -191,7 +191,7 @@ def verify_directory(path: Path, *, content: bool = True) -> list[str]:
         return [f"{manifest}: missing; the directory was never published whole"]
     except (OSError, ValueError) as error:
         return [f"{manifest}: unreadable ({_reason(error)})"]
-    return [f"{path / name}: not in the manifest" for name in extra] + verify_files(path, entries, content=content)
+    return [f"{path / name}: not in {MANIFEST}" for name in extra] + verify_files(path, entries, content=content)
 
 
 def verify_files(folder: Path, entries: Mapping[str, Mapping[str, Any]], *, content: bool = True) -> list[str]:
@@ -213,11 +213,11 @@ def _problem(file: Path, entry: Mapping[str, Any], content: bool) -> str | None:
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
-            return f"{file}: {size} bytes, the manifest says {entry['bytes']}"
+            return f"{file}: {size} bytes, {MANIFEST} says {entry['bytes']}"
         if content and sha256_file(file) != entry["sha256"]:
-            return f"{file}: its sha256 is not the manifest's; the content has changed"
+            return f"{file}: its sha256 is not the one in {MANIFEST}; one of the two has changed"
     except FileNotFoundError:
-        return f"{file}: missing"
+        return f"{file}: missing, but in {MANIFEST}"
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         return f"{file}: unreadable ({_reason(error)})"
     return None

@@ -98,8 +98,8 @@ def independent_draws(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean length and shares of steps of conversations drawn at random, lambda in the mean: the fair yardstick."""
     generator = np.random.default_rng(1)
-    odds = np.array([t.lam / float(t.targets.mean()) for t in tables])
-    mean = float(sum(o * t.lengths.mean() for o, t in zip(odds, tables, strict=True)) / odds.sum())
+    odds = np.array([t.lam / float(t.targets[:].mean()) for t in tables])
+    mean = float(sum(o * t.lengths[:].mean() for o, t in zip(odds, tables, strict=True)) / odds.sum())
     source = generator.choice(len(tables), int(1.05 * steps * tokens / mean), p=odds / odds.sum())
     length, targets = np.empty(len(source)), np.empty(len(source))
     for s, table in enumerate(tables):
@@ -174,7 +174,7 @@ def main() -> None:
     ]
     real = real_tables()
     natural = Plan(real, PlanSpec(2048, packs_per_step=4, window=options.window, epochs=1.0), cost).totals()
-    lengths = list(chain.from_iterable(t.lengths.tolist() for t in real))
+    lengths = list(chain.from_iterable(t.lengths[:].tolist() for t in real))
     assert natural.tokens == sum(lengths)
     figures["real data: conversations, tokens, packs of 2,048"] = (
         f"{natural.conversations:,}, {natural.tokens:,}, {natural.packs:,}"

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from sftdist.core.errors import DataError
 from sftdist.core.storage import sha256_json
-from sftdist.data.mixture import Fitted, SourceTable, fit, resolve_lambdas
+from sftdist.data.fitting import Amount, Fitted, Rows, fit
+from sftdist.data.mixture import SourceTable, resolve_lambdas
 from sftdist.data.store import TRAIN, VALIDATION, TokenStore
 from sftdist.data.template import ChatTemplate
 
@@ -47,8 +48,8 @@ class Corpus:
     @property
     def supervised_share(self) -> float:
         """Supervised tokens over tokens, of everything that is trained on."""
-        tokens = sum(int(fitted.lengths.sum()) for fitted in self.fitted)
-        return sum(float(fitted.targets.sum()) for fitted in self.fitted) / tokens
+        kept = sum((fitted.kept for fitted in self.fitted), Amount())
+        return kept.targets / kept.tokens
 
 
 def open_corpus(
@@ -64,7 +65,7 @@ def open_corpus(
     """Each source's table for the plan. Raises DataError where nothing is left of a source."""
     opened = tuple(stores.values())
     fitted = tuple(_fitted(store, max_len, overlong) for store in opened)
-    totals = [float(one.targets.sum()) for one in fitted]
+    totals = [one.kept.targets for one in fitted]
     lambdas = resolve_lambdas(totals, [mixes[store.name].lam for store in opened], temperature)
     tables = tuple(
         SourceTable(
@@ -83,17 +84,19 @@ def open_corpus(
 
 
 def _fitted(store: TokenStore, max_len: int, overlong: str) -> Fitted:
-    rows = np.flatnonzero(store.split == TRAIN)
-    if not len(rows):
+    chosen = store.split == TRAIN
+    if not chosen.any():
         raise DataError(
             f"source {store.name}: no conversation in the train split, at least one is required; "
             "lower data.val_fraction and data.holdout_fraction, or give more data"
         )
 
-    def kept_targets(over: NDArray[np.int64]) -> NDArray[np.float64]:
+    def kept_targets(over: Rows) -> NDArray[np.float64]:
         return np.array([float(store.tokens(int(row))[1][:max_len].sum(dtype=np.float64)) for row in over])
 
-    return fit(store.lengths, store.targets, max_len, overlong, name=store.name, rows=rows, kept_targets=kept_targets)
+    return fit(
+        store.lengths, store.targets, max_len, overlong, name=store.name, chosen=chosen, kept_targets=kept_targets
+    )
 
 
 def validation_sources(corpus: Corpus) -> tuple[TokenStore, ...]:
@@ -115,9 +118,10 @@ def validation_rows(stores: Sequence[TokenStore], max_len: int, most: int | None
 def overlong_lines(corpus: Corpus, max_len: int) -> Iterator[str]:
     """What `data.max_len` costs, one line per source that loses something."""
     for store, one in zip(corpus.stores, corpus.fitted, strict=True):
-        if one.dropped_rows or one.truncated_rows:
+        dropped, cut = one.dropped, one.truncated
+        if dropped.rows or cut.rows:
             yield (
-                f"source {store.name}: max_len={max_len} drops {one.dropped_rows:,} conversations "
-                f"({one.dropped_tokens:,} tokens, {one.dropped_targets:,.0f} supervised) and cuts "
-                f"{one.truncated_rows:,} ({one.truncated_tokens:,} tokens, {one.truncated_targets:,.0f} supervised)"
+                f"source {store.name}: max_len={max_len} drops {dropped.rows:,} conversations "
+                f"({dropped.tokens:,} tokens, {dropped.targets:,.0f} supervised) and cuts "
+                f"{cut.rows:,} ({cut.tokens:,} tokens, {cut.targets:,.0f} supervised)"
             )

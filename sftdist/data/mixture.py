@@ -18,10 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.errors import ConfigError, DataError
-from sftdist.data.permutation import key64, permute
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from sftdist.data.fitting import Column, Floats, Rows
+from sftdist.data.permutation import Ints, key64, permute
 
 CHUNK = 1 << 15  # draws of one source looked up at a time
 CUT_SHARE = 16  # a window ends where the shares are exact, within its last sixteenth
@@ -29,19 +27,19 @@ CUT_SHARE = 16  # a window ends where the shares are exact, within its last sixt
 
 @dataclass(frozen=True)
 class SourceTable:
-    """What the plan knows of one source: arrays over its trainable rows (they may be memory maps).
+    """What the plan knows of one source: columns over its trainable rows (memory maps, or looked up in some).
 
     `lengths` int32 [N] tokens; `targets` float64 [N] sum of the weights over targets; `rows`
-    int64 [N] row numbers in the store; `lam` the source's lambda (any scale, 0: not drawn);
+    [N] row numbers in the store; `lam` the source's lambda (any scale, 0: not drawn);
     `max_passes` how often the source may be seen; `key` names the content (the store's key with
     what was dropped): with it the arrays are not hashed for the plan's fingerprint;
     `total_targets` is sum(targets) where the manifest knows it.
     """
 
     name: str
-    lengths: NDArray[np.int32]
-    targets: Floats
-    rows: Ints
+    lengths: NDArray[np.int32] | Column
+    targets: Floats | Column
+    rows: Rows
     lam: float
     max_passes: float | None = None
     key: str = ""
@@ -50,70 +48,7 @@ class SourceTable:
     @cached_property
     def total(self) -> float:
         """Supervised tokens of one pass."""
-        return float(np.sum(self.targets)) if self.total_targets is None else self.total_targets
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The rows that can be trained after `data.max_len`, and what was lost."""
-
-    rows: Ints
-    lengths: NDArray[np.int32]
-    targets: Floats
-    dropped_rows: int
-    dropped_tokens: int
-    dropped_targets: float
-    truncated_rows: int
-    truncated_tokens: int
-    truncated_targets: float
-
-
-def fit(
-    lengths: NDArray[np.int32],
-    targets: Floats,
-    max_len: int,
-    policy: str,
-    *,
-    name: str = "",
-    rows: Ints | None = None,
-    kept_targets: Callable[[Ints], Floats] | None = None,
-) -> Fitted:
-    """Apply `data.overlong`: drop | truncate | error. Rows without any target are always dropped.
-
-    `rows` int64: the rows to consider (the train split), all by default. `truncate` keeps the
-    first `max_len` tokens; `kept_targets(rows)` gives the sum of the weights over the targets
-    among them, float64, and is asked for overlong rows only. Every loss is counted, also in
-    supervised tokens. Raises DataError for policy `error` with an overlong row.
-    """
-    rows = np.arange(len(lengths), dtype=np.int64) if rows is None else rows
-    length, target = np.asarray(lengths[rows]), np.array(targets[rows], np.float64)
-    over = length > max_len
-    if policy == "error" and over.any():
-        raise DataError(
-            f"{name}: {int(over.sum())} conversations with {target[over].sum():.0f} supervised tokens are longer than "
-            f"data.max_len={max_len} (the longest has {int(length.max())} tokens); none may be with "
-            "data.overlong=error: raise data.max_len, or set data.overlong=drop or truncate"
-        )
-    before = target.copy()
-    kept = ~over
-    if policy == "truncate" and over.any():
-        if kept_targets is None:
-            raise ValueError("policy truncate needs kept_targets")
-        target[over] = kept_targets(rows[over])
-        kept |= True
-    kept &= target > 0
-    cut = kept & over
-    return Fitted(
-        rows=rows[kept],
-        lengths=np.minimum(length[kept], max_len).astype(np.int32),
-        targets=target[kept],
-        dropped_rows=int((~kept).sum()),
-        dropped_tokens=int(length[~kept].sum()),
-        dropped_targets=float(before[~kept].sum()),
-        truncated_rows=int(cut.sum()),
-        truncated_tokens=int((length[cut] - max_len).sum()),
-        truncated_targets=float((before[cut] - target[cut]).sum()),
-    )
+        return float(np.sum(self.targets[:])) if self.total_targets is None else self.total_targets
 
 
 def resolve_lambdas(

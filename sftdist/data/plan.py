@@ -105,7 +105,7 @@ class Plan:
         for table in self.tables:
             if not table.key:
                 for column in (table.lengths, table.targets, table.rows):
-                    digest.update(np.ascontiguousarray(column).data)
+                    digest.update(np.ascontiguousarray(column[:]).data)
             sources.append([table.name, table.key, len(table.rows), table.lam, table.max_passes])
         text = json.dumps([STATE_VERSION, sources, asdict(self.spec), asdict(self.cost)], sort_keys=True)
         digest.update(text.encode())

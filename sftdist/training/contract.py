@@ -102,7 +102,7 @@ def supervision(store: TokenStore) -> Supervision:
 
 
 def longest(corpus: Corpus) -> int:
-    return max(int(fitted.lengths.max()) for fitted in corpus.fitted)
+    return max(int(fitted.lengths[fitted.longest(1)][0]) for fitted in corpus.fitted)
 
 
 def shown_conversation(corpus: Corpus) -> str:

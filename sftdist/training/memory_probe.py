@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -95,9 +94,9 @@ def costliest_pack(corpus: Corpus, pack_tokens: int) -> Batch:
     """The longest conversations that one pack holds: the most attention, and every token of the pack."""
     candidates = []
     for number, fitted in enumerate(corpus.fitted):
-        most = min(CANDIDATES, len(fitted.lengths))
-        places = np.argpartition(-fitted.lengths, most - 1)[:most]
-        candidates += [(int(fitted.lengths[place]), number, int(fitted.rows[place])) for place in places]
+        places = fitted.longest(CANDIDATES)
+        pairs = zip(fitted.lengths[places].tolist(), fitted.rows[places].tolist(), strict=True)
+        candidates += [(length, number, row) for length, row in pairs]
     chosen, room = [], pack_tokens
     for length, number, row in sorted(candidates, reverse=True):
         if length <= room:

@@ -42,7 +42,7 @@ def off_by(tables: list[SourceTable], counted: list[np.ndarray], windows: int = 
         seed=1,
         limits=[None] * 3,
     )
-    longest = max(float(t.targets.max()) for t in tables)
+    longest = max(float(t.targets[:].max()) for t in tables)
     cursor, supervised = Cursor.start(3), np.zeros(3)
     for _ in range(windows):
         drawn, cursor = mixture.draw(cursor, WINDOW)
@@ -53,13 +53,13 @@ def off_by(tables: list[SourceTable], counted: list[np.ndarray], windows: int = 
 
 def test_shares_are_within_one_conversation_at_each_window_end() -> None:
     tables = sources()
-    assert max(off_by(tables, [t.targets for t in tables])) <= 1
+    assert max(off_by(tables, [t.targets[:] for t in tables])) <= 1
 
 
 @pytest.mark.parametrize("wrong", ["conversations", "tokens"])
 def test_drawing_by_conversations_or_tokens_is_rejected(wrong: str) -> None:
     tables = sources()
-    counted = [np.ones(len(t.rows)) if wrong == "conversations" else t.lengths.astype(float) for t in tables]
+    counted = [np.ones(len(t.rows)) if wrong == "conversations" else t.lengths[:].astype(float) for t in tables]
     assert min(off_by(tables, counted)) > 20
 
 
@@ -80,7 +80,7 @@ def step_figures(packs_of_steps: list[list[np.ndarray]], tables: list[SourceTabl
 def independent_draws(tables: list[SourceTable], steps: int) -> list[list[np.ndarray]]:
     """Conversations drawn at random, the sources so that lambda holds in the mean, one after another into steps."""
     generator = np.random.default_rng(5)
-    odds = np.array([lam / t.targets.mean() for lam, t in zip(LAMBDAS, tables, strict=True)])
+    odds = np.array([lam / t.targets[:].mean() for lam, t in zip(LAMBDAS, tables, strict=True)])
     source = generator.choice(3, steps * 200, p=odds / odds.sum())
     row = np.array([generator.integers(len(tables[s].rows)) for s in source])
     length = np.array([tables[s].lengths[r] for s, r in zip(source, row, strict=True)])

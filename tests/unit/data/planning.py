@@ -49,7 +49,7 @@ class MemoryStore:
 
     def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         place = row - 1000
-        length, targets = int(self.table.lengths[place]), int(self.table.targets[place] / self.weight)
+        length, targets = int(self.table.lengths[:][place]), int(self.table.targets[:][place] / self.weight)
         weights = np.zeros(length, np.float32)
         weights[length - targets :] = self.weight
         return (np.arange(length) + row * 7).astype(np.int32) % 997, weights

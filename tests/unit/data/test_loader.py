@@ -103,7 +103,7 @@ def test_figures_of_a_step() -> None:
 
 
 def test_token_weights_of_the_store_are_kept() -> None:
-    half = [replace(source, targets=source.targets * 0.5) for source in SOURCES]
+    half = [replace(source, targets=source.targets[:] * 0.5) for source in SOURCES]
     stores = [MemoryStore(source, weight=0.5) for source in half]
     for step in Loader(plan(half), stores):
         assert sum(supervised_weight(batch) for batch in step.micro) == pytest.approx(step.denominator)
@@ -112,8 +112,8 @@ def test_token_weights_of_the_store_are_kept() -> None:
 
 def test_truncated_rows_keep_their_first_tokens() -> None:
     long = table("long", 60, 1.0)
-    cut = replace(long, lengths=np.minimum(long.lengths, 20), targets=kept_targets(long, 20))
-    fits = cut.targets > 0
+    cut = replace(long, lengths=np.minimum(long.lengths[:], 20), targets=kept_targets(long, 20))
+    fits = cut.targets[:] > 0
     cut = replace(cut, lengths=cut.lengths[fits], targets=cut.targets[fits], rows=cut.rows[fits])
     for step in Loader(plan([cut]), [MemoryStore(long)]):
         assert all(batch.max_seqlen <= 20 for batch in step.micro)
@@ -125,10 +125,10 @@ def kept_targets(source: object, max_len: int) -> np.ndarray:
 
 
 def test_a_store_that_is_not_the_planned_one_is_refused() -> None:
-    shorter = MemoryStore(replace(SOURCES[0], lengths=SOURCES[0].lengths - 1))
+    shorter = MemoryStore(replace(SOURCES[0], lengths=SOURCES[0].lengths[:] - 1))
     with pytest.raises(DataError, match="run sftdist prepare again"):
         list(Loader(plan(SOURCES), [shorter, STORES[1]]))
-    fewer = MemoryStore(replace(SOURCES[0], targets=np.maximum(SOURCES[0].targets - 1, 0)))
+    fewer = MemoryStore(replace(SOURCES[0], targets=np.maximum(SOURCES[0].targets[:] - 1, 0)))
     with pytest.raises(DataError, match="its plan says"):
         list(Loader(plan(SOURCES), [fewer, STORES[1]]))
 

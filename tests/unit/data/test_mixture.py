@@ -1,4 +1,4 @@
-"""The order of the draws: permutations per pass, exact shares, passes and the rows that fit."""
+"""The order of the draws: permutations per pass, exact shares and passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdist.core.errors import ConfigError, DataError
-from sftdist.data.mixture import Cursor, Drawn, Mixture, fit, resolve_lambdas
+from sftdist.data.mixture import Cursor, Drawn, Mixture, resolve_lambdas
 from sftdist.data.permutation import key64, permute, shuffled
 
 
@@ -166,34 +166,3 @@ def test_lambdas() -> None:
     for given_lambdas in ([-0.1, 1.1], [0.0, 0.0], [1.0, None]):
         with pytest.raises(ConfigError):
             resolve_lambdas([1, 1], given_lambdas)
-
-
-LENGTHS = np.array([4, 10, 12, 3, 20], np.int32)
-TARGETS = np.array([2.0, 5.0, 6.0, 0.0, 1.0])
-
-
-def test_overlong_is_dropped_by_default_and_counted() -> None:
-    fitted = fit(LENGTHS, TARGETS, 10, "drop")
-    assert fitted.rows.tolist() == [0, 1]
-    assert (fitted.dropped_rows, fitted.dropped_tokens, fitted.dropped_targets) == (3, 35, 7.0)
-    assert fitted.lengths.sum() + fitted.dropped_tokens == LENGTHS.sum()
-
-
-def test_truncation_keeps_the_first_tokens_and_drops_rows_that_lose_all_targets() -> None:
-    fitted = fit(LENGTHS, TARGETS, 10, "truncate", kept_targets=lambda rows: np.where(rows == 2, 4.0, 0.0))
-    assert fitted.rows.tolist() == [0, 1, 2]
-    assert fitted.lengths.tolist() == [4, 10, 10]
-    assert fitted.targets.tolist() == [2.0, 5.0, 4.0]
-    assert (fitted.truncated_rows, fitted.truncated_tokens, fitted.truncated_targets) == (1, 2, 2.0)
-    assert (fitted.dropped_rows, fitted.dropped_tokens, fitted.dropped_targets) == (2, 23, 1.0)
-    assert fitted.targets.sum() + fitted.dropped_targets + fitted.truncated_targets == TARGETS.sum()
-
-
-def test_overlong_error_says_how_many_and_what_to_change() -> None:
-    with pytest.raises(DataError, match=r"general: 2 conversations with 7 supervised .* data.max_len=10 .* 20 tokens"):
-        fit(LENGTHS, TARGETS, 10, "error", name="general")
-    assert fit(LENGTHS, TARGETS, 20, "error").rows.tolist() == [0, 1, 2, 4]
-
-
-def test_only_the_rows_of_the_split_are_considered() -> None:
-    assert fit(LENGTHS, TARGETS, 12, "drop", rows=np.array([1, 3])).rows.tolist() == [1]

@@ -11,6 +11,8 @@ from pathlib import Path
 from sftdist.core import agent, config
 from sftdist.core.distributed import StopSignal, die_with_parent, restart_count, session, share_text
 from sftdist.core.errors import TrainingError
+from sftdist.core.failure import ERROR, here, write_failure
+from sftdist.core.progress import Activity
 from sftdist.core.settings import TrainConfig
 
 
@@ -49,6 +51,20 @@ def launched(folder: str, grace: str) -> int:
 def parent(folder: str) -> int:
     """A launcher whose rank goes on until its parent dies."""
     return agent.launch("tests.children", ["orphan", folder], 1, Path(folder), 60)
+
+
+def again(folder: str) -> None:
+    """A rank that says what went wrong with each attempt, as the trainer does."""
+    path, attempt = Path(folder), f"attempt {restart_count()} went wrong"
+    path.joinpath(f"attempt-{restart_count()}").touch()
+    agent.write_status(path, "failed", agent.FAILED, attempt, rank=0)
+    write_failure(path, here(ERROR, 0, Activity(), attempt))
+    sys.exit(1)
+
+
+def slow(folder: str, grace: str, *overrides: str) -> int:
+    """The launcher of the trainer whose saves are slow."""
+    return agent.launch("tests.slow_trainer", overrides, 2, Path(folder), float(grace))
 
 
 def orphan(folder: str) -> None:

@@ -28,6 +28,7 @@ def save(number: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(name, save)
+    (folder / "pid").write_text(str(os.getpid()))
     status("running", 1)
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -26,6 +26,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, restart_count, stops_at_once
+from sftdist.core.failure import lines, read_failure
+from sftdist.core.oom import oom_kills
 from sftdist.core.start import START_VARIABLE, this_start
 from sftdist.core.storage import read_json, write_json
 
@@ -171,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, *arguments = sys.argv[1:] if argv is None else argv
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = torchrun.parse_args(arguments)
-    killed_before = _oom_kills()
+    killed_before = oom_kills()
     try:
         torchrun.run(options)
     except SignalException:
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode != -9, item[1].timestamp))
-        return _report(Path(folder), rank, failure, out_of_memory=_oom_kills() > killed_before)
+        return _report(Path(folder), rank, failure, out_of_memory=oom_kills() > killed_before)
     return DONE
 
 
@@ -205,6 +207,9 @@ def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory:
     speak. The code that this process ends with: PREEMPTED where a rank did not yet take a stop signal over."""
     status = _status_of(run_dir, this_start())
     if status is not None and status["state"] != "running":
+        left = read_failure(run_dir)
+        if left is not None and left.start == this_start():
+            print("\n".join(lines(left, run_dir)), file=sys.stderr, flush=True)
         return FAILED
     if -failure.exitcode in STOP_SIGNALS:
         return PREEMPTED
@@ -220,14 +225,6 @@ def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory:
     if status is not None:
         write_status(run_dir, "failed", FAILED, reason, step=status["step"], rank=rank)
     return FAILED
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed a process of this control group for memory (0 where it does not say)."""
-    events = Path("/sys/fs/cgroup/memory.events")
-    if not events.is_file():
-        return 0
-    return sum(int(line.split()[1]) for line in events.read_text().splitlines() if line.startswith("oom_kill "))
 
 
 if __name__ == "__main__":

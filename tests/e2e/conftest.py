@@ -1,0 +1,20 @@
+"""A folder with a tiny model, tiny data and one uninterrupted run, for the tests that interrupt others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.jobs import finish
+from tests.e2e.workshop import model_folder, write_rows
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`runs/whole` is what every interrupted run must end up equal to."""
+    folder = tmp_path_factory.mktemp("place")
+    model_folder(folder / "model")
+    write_rows(folder / "my.jsonl")
+    finish(folder, "run.dir=runs/whole")
+    return folder

@@ -1,0 +1,154 @@
+"""A job that is told to stop: by any signal, to any process, once or often, during a save that takes long."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sftdist.training.checkpoint import verify
+from tests.e2e.jobs import KEYS, TRAIN, Running, finish, same, torchrun
+from tests.e2e.workshop import metrics, status
+
+TERM, USR1, USR2, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
+
+
+def stopped_where_it_says(run_dir: Path) -> int:
+    """The step of a preempted run: in the status, in the figures and in the newest checkpoint the same."""
+    found = status(run_dir)
+    assert (found["state"], found["code"]) == ("preempted", 75)
+    step = int(found["step"])
+    assert metrics(run_dir, "step")[-1] == (step,)
+    newest = run_dir / f"checkpoints/step-{step:08d}"
+    assert (run_dir / "LATEST").read_text().strip() == f"checkpoints/{newest.name}"
+    assert verify(newest) == []
+    return step
+
+
+def test_a_bare_torchrun_stops_when_one_rank_is_told_to(place: Path) -> None:
+    """Default flags: no failure, no restart; the same line goes on, bit-equal."""
+    command = [*torchrun("--max-restarts", "1"), *KEYS, "run.dir=runs/bare"]
+    with Running(command, place) as job:
+        job.until_step(place / "runs/bare", 3)
+        job.tell(USR2, job.ranks()[1])
+        assert job.end() == 0, job.screen
+        assert job.screen.count("plan:") == 1, "not started again"
+    step = stopped_where_it_says(place / "runs/bare")
+    assert 3 <= step < metrics(place / "runs/whole", "step")[-1][0]
+    finish(place, "run.dir=runs/bare")
+    assert same(place, "runs/bare", "runs/whole")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [TERM, USR1, USR2, INT])
+@pytest.mark.parametrize("target", ["command", "agent", "rank 0", "rank 1", "everybody"])
+def test_any_signal_to_any_process(place: Path, number: signal.Signals, target: str) -> None:
+    run_dir = place / f"runs/{number.name}-{target.replace(' ', '')}"
+    with Running([*TRAIN, *KEYS, f"run.dir={run_dir}"], place) as job:
+        job.until_step(run_dir, 3)
+        ranks, agent = job.ranks(), job.agent()
+        if number == INT and target == "everybody":  # the agent's own and the one passed on make two: stop at once
+            job.tell(number, job.process.pid, *ranks.values())
+        else:
+            everybody = (job.process.pid, agent, *ranks.values())
+            pids = {"command": everybody[:1], "agent": (agent,), "rank 0": (ranks[0],), "rank 1": (ranks[1],)}
+            job.tell(number, *pids.get(target, everybody))
+        assert job.end() == 75, job.screen
+    stopped_where_it_says(run_dir)
+    finish(place, f"run.dir={run_dir}")
+    assert same(place, run_dir.relative_to(place).as_posix(), "runs/whole")
+
+
+@pytest.mark.long
+def test_a_signal_before_the_first_step_loses_nothing(place: Path) -> None:
+    for number, seconds in ((TERM, 0.5), (USR1, 3.0), (TERM, 6.0), (INT, 8.0)):  # imports of the command, of the ranks
+        run_dir = place / f"runs/early-{seconds}"
+        with Running([*TRAIN, *KEYS, f"run.dir={run_dir}", "launch.nproc=1"], place) as job:
+            time.sleep(seconds)
+            job.tell(number)
+            code = job.end()
+            assert code in (75, -number), job.screen  # killed while Python starts: it had not taken signals over
+            assert "Traceback" not in job.screen or code == -number
+
+
+def slow(run_dir: Path, grace: float) -> list[str]:
+    """The trainer whose saves are slow, started as `sftdist train` starts the real one, without periodical saves."""
+    keys = [*KEYS, f"run.dir={run_dir}", "checkpoint.every_steps=0"]
+    return [sys.executable, "-m", "tests.children", "slow", str(run_dir), str(grace), *keys]
+
+
+def in_its_save(job: Running, run_dir: Path) -> None:
+    """Tell the command to stop, and wait until it is about to publish its checkpoint."""
+    job.until_step(run_dir, 3)
+    job.tell(TERM)
+    job.until(lambda: "publishing step-" in job.screen)
+
+
+@pytest.mark.long
+def test_a_save_of_45_seconds_survives_and_further_signals_do_nothing(place: Path) -> None:
+    """A TERM to every process, twice, is what a cluster does; with torchrun's defaults it would be cut."""
+    run_dir = place / "runs/patient"
+    with Running(slow(run_dir, 90), place, {"SLOW_SAVE": "45"}) as job:
+        in_its_save(job, run_dir)
+        began = time.monotonic()
+        for number in (TERM, USR1, TERM, USR2):
+            time.sleep(1)
+            job.tell(number, job.process.pid, job.agent(), *job.ranks().values())
+        assert job.end() == 75, job.screen
+        assert time.monotonic() - began > 40
+    stopped_where_it_says(run_dir)
+    finish(place, f"run.dir={run_dir}")
+    assert same(place, "runs/patient", "runs/whole")
+
+
+@pytest.mark.long
+def test_a_save_longer_than_the_grace_is_cut_and_says_so(place: Path) -> None:
+    """What the test above would see with too little grace; the checkpoint before is untouched."""
+    run_dir = place / "runs/hasty"
+    stop_early(place, run_dir)
+    before = stopped_where_it_says(run_dir)
+    with Running(slow(run_dir, 5), place, {"SLOW_SAVE": "45"}) as job:
+        job.until_step(run_dir, before + 1)
+        job.tell(TERM)
+        assert job.end(40) == 1, job.screen
+        assert "checkpoint.grace_seconds" in job.screen.splitlines()[-1]
+    assert status(run_dir)["state"] == "failed"
+    assert untouched(run_dir, before)
+    finish(place, f"run.dir={run_dir}")
+    assert same(place, "runs/hasty", "runs/whole")
+
+
+@pytest.mark.long
+def test_a_second_ctrl_c_stops_at_once_even_in_a_save(place: Path) -> None:
+    run_dir = place / "runs/impatient"
+    stop_early(place, run_dir)
+    before = stopped_where_it_says(run_dir)
+    with Running(slow(run_dir, 90), place, {"SLOW_SAVE": "45"}) as job:
+        job.until_step(run_dir, before + 1)
+        job.tell(INT)
+        job.until(lambda: "publishing step-" in job.screen)
+        began = time.monotonic()
+        job.tell(INT)
+        assert job.end(20) == 1, job.screen
+        assert time.monotonic() - began < 10
+        assert job.ranks() == {}
+    assert untouched(run_dir, before)
+    finish(place, f"run.dir={run_dir}")
+    assert same(place, "runs/impatient", "runs/whole")
+
+
+def stop_early(place: Path, run_dir: Path) -> None:
+    """A run that has one checkpoint, and is stopped."""
+    with Running([*TRAIN, *KEYS, f"run.dir={run_dir}"], place) as job:
+        job.until_step(run_dir, 2)
+        job.tell(TERM)
+        assert job.end() == 75, job.screen
+
+
+def untouched(run_dir: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` is whole and the newest one that counts."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    return max(names) == f"step-{step:08d}" and verify(run_dir / "checkpoints" / max(names)) == []

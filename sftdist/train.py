@@ -174,7 +174,8 @@ def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a run that its phases share; `steps` is the number of optimizer steps of the whole run."""
+    """The parts of a run that its phases share; `steps` is the number of optimizer steps of the whole run, `say` prints
+    a line on rank 0."""
 
     cfg: TrainConfig
     run_dir: Path
@@ -184,6 +185,7 @@ class Job:
     trained: Trained
     checkpoints: Checkpoints
     steps: int
+    say: Callable[[str], None]
 
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop."""
@@ -218,7 +220,7 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
-    job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps)
+    job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps, say)
     if job.any_stop_requested():  # nothing is lost: the last checkpoint is the newest there can be
         return finish(job, state, stopped=True)
     loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
@@ -390,7 +392,8 @@ def finish(job: Job, state: TrainState, *, stopped: bool) -> TrainResult:
         job.status(agent.PREEMPTED, "exporting", state.step)
         settings = job.cfg.export
         spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge)
-        export = export_model(job.trained.engine, job.corpus.template, job.run_dir / "export", spec)
+        engine, template, folder = job.trained.engine, job.corpus.template, job.run_dir / "export"
+        export = export_model(engine, template, folder, spec, stopped=job.stop_requested, say=job.say)
     name = "preempted" if export is None else "done"
     if job.world.is_main:
         code = agent.PREEMPTED if export is None else agent.DONE

@@ -334,7 +334,7 @@ def little_memory(rank: int, pipe: Any) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return original(*given)
 
-    contract_parts.probe_figures = probe_figures
+    contract_parts.probe_figures = probe_figures  # type: ignore[assignment]
 
 
 def test_a_rank_out_of_memory_ends_all_with_the_overrides_that_would_fit(home: Path) -> None:

@@ -12,6 +12,8 @@ COMMANDS = {
     "prepare": ("sftdist.prepare", "read, check, clean, split, mask and tokenise the data"),
     "train": ("sftdist.train", "the training job, on all GPUs of this machine; ends with a verified export"),
     "plan": ("sftdist.plan", "memory, FLOPs and step size before anything is rented"),
+    "export": ("sftdist.commands.export", "any checkpoint of a run as a verified Hugging Face folder, on one CPU"),
+    "runs": ("sftdist.commands.runs", "the runs of a folder, and the checkpoints of a run"),
     "inspect": ("sftdist.commands.inspect", "what is trained, token by token"),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftdist.core.mix import lambda_issue
-from sftdist.core.settings import CONFIG_VERSION, DataConfig, Init, Method, Offload, TrainConfig
+from sftdist.core.settings import CONFIG_VERSION, DataConfig, ExportConfig, Init, Method, Offload, TrainConfig
 from sftdist.core.typed import shown
 
 # key: the least value; None is always allowed where the schema allows it.
@@ -109,6 +109,8 @@ def _words(cfg: TrainConfig) -> Iterator[str]:
         value = _read(cfg, key)
         if value is not None and value not in words:
             yield f"{key}: given {shown(value)}, required one of {', '.join(words)}"
+    if isinstance(cfg, ExportConfig) and cfg.step not in ("latest", "best") and not cfg.step.isdecimal():
+        yield f"step: given {shown(cfg.step)}, required latest, best or the number of a step"
     target = cfg.tune.target
     is_names = isinstance(target, list) and target and all(isinstance(name, str) for name in target)
     if not is_names and target != "all-linear":

@@ -281,6 +281,13 @@ class InspectConfig(DataConfig):
 
 
 @dataclass(kw_only=True)
+class ExportConfig(TrainConfig):
+    """The keys of train, and which checkpoint of `run.dir` the command `export` takes."""
+
+    step: str = "latest"  # latest | best (the lowest eval/loss) | the number of a step
+
+
+@dataclass(kw_only=True)
 class ClusterSettings:
     gpus: int = 8
     memory_gib: float = 80.0

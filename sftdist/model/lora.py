@@ -365,6 +365,8 @@ def save_adapter(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) 
     """
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
+    if not isinstance(config.target_modules, str):  # PEFT keeps a set: in another order in every process
+        config.target_modules = sorted(config.target_modules or ())
     # transformers sets it for what came from the Hub: the base that the adapter belongs to, not the newest one
     config.revision = config.revision or getattr(model.get_base_model().config, "_commit_hash", None)
     config.save_pretrained(str(folder))

@@ -35,13 +35,15 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One checkpoint on disk. `world_size` and `stage` are those it was saved on; `saved_at` in seconds since 1970."""
+    """One checkpoint on disk. `world_size`, `stage` and `precision` are those it was saved on; `saved_at` in seconds
+    since 1970."""
 
     step: int
     path: Path
     bytes: int
     world_size: int
     stage: int
+    precision: str
     saved_at: float
 
 
@@ -74,7 +76,7 @@ def find(run_dir: Path, which: str, losses: Mapping[int, float]) -> Path:
         return folder / directory_name(step)
     there = ", ".join(f"{one} (eval/loss {losses[one]:.4f})" if one in losses else str(one) for one in steps)
     raise CheckpointError(
-        f"checkpoint={which}: required latest, best (an evaluated step) or one of the steps in {folder}: "
+        f"step={which}: required latest, best (an evaluated step) or one of the steps in {folder}: "
         f"{there or 'there is none'}"
     )
 
@@ -95,13 +97,14 @@ def verify(path: Path, world: World | None = None) -> list[str]:
 
 
 def describe(path: Path) -> CheckpointInfo:
-    """What a checkpoint says about itself, without verifying it; zeros where that cannot be read."""
-    shape, saved_at, size = {"world_size": 0, "stage": 0}, 0.0, 0
+    """What a checkpoint says about itself, without verifying it; zeros and "" where that cannot be read."""
+    world_size, stage, precision, saved_at, size = 0, 0, "", 0.0, 0
     with suppress(OSError, ValueError, KeyError):
         size = sum(file.stat().st_size for file in path.iterdir())
         header = read_json(path / STATE)
         shape, saved_at = header["shape"], header["saved_at"]
-    return CheckpointInfo(step_of(path), path, size, shape["world_size"], shape["stage"], saved_at)
+        world_size, stage, precision = shape["world_size"], shape["stage"], shape["precision"]
+    return CheckpointInfo(step_of(path), path, size, world_size, stage, precision, saved_at)
 
 
 class Part:

@@ -139,8 +139,8 @@ def expected_memory(cfg: TrainConfig, outline: Outline, spec: ExportSpec) -> int
     """Bytes of host memory that the export of a checkpoint will need at its peak, the fresh process included."""
     shapes = [tensor.shape.numel() for tensor in _on_meta(outline.config).parameters()]
     held = 4 if _needs_float32(cfg) else COMPUTE_DTYPE[cfg.precision.value].itemsize
-    reading = sum(shapes) * held + spec.shard_bytes + _LAYER_COPIES * 4 * max(shapes)
     checking = sum(shapes) * COMPUTE_DTYPE[spec.dtype].itemsize
+    reading = sum(shapes) * held + min(spec.shard_bytes, checking) + _LAYER_COPIES * 4 * max(shapes)
     return max(reading + _LIBRARIES, checking + 2 * _LIBRARIES)
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import read_json, write_json, write_manifest
-from sftdist.training.checkpoint import Checkpoints, checkpoint_bytes
-from sftdist.training.checkpoint_files import checkpoints_in, deal, find, steps_in, verify
+from sftdist.training import checkpoint_files
+from sftdist.training.checkpoint import Checkpoints, ago, checkpoint_bytes, resumption
+from sftdist.training.checkpoint_files import checkpoints_in, deal, find, read_tensors, steps_in, verify
 from sftdist.training.engine import Engine
 from sftdist.training.retention import Keep
 from tests.ranks import run_ranks
@@ -98,13 +104,27 @@ def test_keeps_the_best_and_every_hundredth(tmp_path: Path) -> None:
     assert find(tmp_path, "latest", {}) == folder / "step-00000130"
     assert find(tmp_path, "100", {}) == folder / "step-00000100"
     for which, known in (("120", losses), ("best", {}), ("newest", losses)):
-        with pytest.raises(CheckpointError, match=rf"checkpoint={which}: .*100.*, 110.*, 130"):
+        with pytest.raises(CheckpointError, match=rf"step={which}: .*100.*, 110.*, 130"):
             find(tmp_path, which, known)
     with pytest.raises(CheckpointError, match="there is none"):
         find(tmp_path / "elsewhere", "latest", losses)
 
 
-def test_a_flipped_byte_in_any_file_is_found_and_walked_back_from(tmp_path: Path) -> None:
+def test_every_changed_byte_of_the_manifest_is_named(tmp_path: Path) -> None:
+    """All positions, every single bit and some other bytes: a key, a name, a size, a digit of a hash, a space."""
+    path = Checkpoints(tmp_path / "checkpoints", Keep()).save(trained(), {}, 1)
+    manifest = path / "manifest.json"
+    content = manifest.read_bytes()
+    for place, byte in enumerate(content):
+        for other in {*(byte ^ (1 << bit) for bit in range(8)), 0, 0x0A, 0x20, 0xFF} - {byte}:
+            manifest.write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
+            problems = verify(path)
+            assert any(str(path) in problem for problem in problems), (place, byte, other)
+    manifest.write_bytes(content)
+    assert verify(path) == []
+
+
+def test_a_changed_byte_in_any_file_is_found_and_walked_back_from(tmp_path: Path) -> None:
     engine, folder = trained(), tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder, Keep(2))
     old = weights_of(engine)
@@ -113,7 +133,9 @@ def test_a_flipped_byte_in_any_file_is_found_and_walked_back_from(tmp_path: Path
     newest = checkpoints.save(engine, {"which": "new"}, 2)
     for path in sorted(newest.iterdir()):
         content = path.read_bytes()
-        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        for place in (0, 8, len(content) // 3, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert any(path.name in problem for problem in verify(newest)), (path.name, place)
         said: list[str] = []
         resumed = make_engine(CASE, ALONE)
         state = checkpoints.load_latest(resumed, say=said.append)
@@ -123,6 +145,138 @@ def test_a_flipped_byte_in_any_file_is_found_and_walked_back_from(tmp_path: Path
         assert all((value == old[name]).all() for name, value in weights_of(resumed).items())
         path.write_bytes(content)
     assert verify(newest) == []
+
+
+@contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Without the rights of root, for whom no directory is closed; `folder` is reached as the working directory."""
+    before = Path.cwd()
+    os.chdir(folder)
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        os.chdir(before)
+
+
+def test_what_is_no_checkpoint_is_named_and_walked_back_from(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints, engine = Checkpoints(folder, Keep(9)), trained()
+    checkpoints.save(engine, {"which": "whole"}, 1)
+    closed = checkpoints.save(engine, {}, 2)
+    (folder / "step-00000003").mkdir()
+    (folder / "step-00000004").write_text("a file")
+    checkpoints.save(engine, {}, 5)
+    (folder / "step-00000005" / "state.json").unlink()
+    (folder / "step-00000005" / "state.json").mkdir()
+    said: list[str] = []
+    closed.chmod(0)
+    with as_nobody(tmp_path):
+        state = Checkpoints(Path("checkpoints"), Keep()).load_latest(engine, say=said.append)
+        assert [info.step for info in checkpoints_in(Path("checkpoints"))] == [1, 2, 3, 4, 5]
+    closed.chmod(0o755)
+    assert state is not None
+    assert state["which"] == "whole"
+    reasons = ["state.json: unreadable", "Not a directory", "never published whole", "Permission denied"]
+    assert len(said) == len(reasons) + 1
+    for line, step, reason in zip(said, (5, 4, 3, 2), reasons, strict=False):
+        assert f"step-0000000{step}" in line
+        assert reason in line
+    checkpoints.save(engine, {}, 2)
+    assert sorted(steps_in(folder)) == [1, 2], "what is out of date goes, be it a file"
+    assert verify(closed) == []
+
+
+def test_a_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) -> None:
+    """Else the run would begin again from step 0."""
+    engine, folder = trained(), tmp_path / "checkpoints"
+    Checkpoints(folder, Keep()).save(engine, {}, 1)
+    folder.chmod(0)
+    with as_nobody(tmp_path), pytest.raises(CheckpointError, match="cannot be read: .*Permission denied"):
+        Checkpoints(Path("checkpoints"), Keep()).load_latest(engine)
+    folder.chmod(0o755)
+
+
+def test_a_kill_between_the_renaming_and_LATEST(tmp_path: Path) -> None:
+    """The newest is whole and is taken; nothing is walked back from, and the next save leaves it alone."""
+    engine, folder, said = trained(), tmp_path / "checkpoints", list[str]()
+    checkpoints = Checkpoints(folder, Keep(3))
+    checkpoints.save(engine, {"which": "old"}, 1)
+    latest = (tmp_path / "LATEST").read_text()
+    checkpoints.save(engine, {"which": "new"}, 2)
+    (tmp_path / "LATEST").write_text(latest)
+    (tmp_path / ".LATEST.0123abcd.tmp").write_text("checkpoints/step-000")
+    state = checkpoints.load_latest(engine, say=said.append)
+    assert state is not None
+    assert state["which"] == "new"
+    assert len(said) == 1
+    checkpoints.save(engine, {}, 3)
+    assert sorted(steps_in(folder)) == [1, 2, 3]
+    assert sorted(os.listdir(tmp_path)) == ["LATEST", "checkpoints"]
+
+
+@pytest.mark.parametrize("verb", ["save", "load"])
+def test_what_earlier_starts_left_is_swept(tmp_path: Path, verb: str) -> None:
+    """Of any step and any host: the run directory is locked, so nobody writes there. A sweep of this host's dead
+    processes, for the same step, would leave them all."""
+    engine, folder = trained(), tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, Keep())
+    checkpoints.save(engine, {}, 1)
+    for name in ("step-00000002.@elsewhere@1@0123abcd", f"step-00000001.@{os.uname().nodename}@{os.getpid()}@89ab"):
+        (folder / f".{name}.tmp").mkdir()
+        (folder / f".{name}.tmp" / "part-00000-00.safetensors").write_bytes(bytes(100))
+    (folder / "notes.txt").write_text("a user's own")
+    checkpoints.save(engine, {}, 3) if verb == "save" else checkpoints.load_latest(engine, say=lambda line: None)
+    steps = ["step-00000001", "step-00000003"] if verb == "save" else ["step-00000001"]
+    assert sorted(os.listdir(folder)) == ["notes.txt", *steps]
+
+
+def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Keep())
+    checkpoints.save(trained(), {}, 120)
+    checkpoints.load_latest(trained(), say=said.append)
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
+    assert re.fullmatch(rf"resuming from step 120, saved {moment} \(\d+ seconds ago\)", said[0])
+    header = {"step": 7, "saved_at": time.time() - 7300.0}
+    saved = {"world_size": 4, "stage": 2, "precision": "bf16"}
+    line = resumption({**header, "shape": saved}, {**saved, "world_size": 2, "stage": 3}, time.time())
+    assert line.endswith("(2 hours ago) on 4 ranks at ZeRO 2 in bf16; this run has 2 ranks at ZeRO 3 in bf16")
+    assert [ago(seconds) for seconds in (-5, 60, 86400)] == ["0 seconds ago", "1 minute ago", "1 day ago"]
+
+
+def opened_files(world: World, folder: str) -> tuple[bool, list[str]]:
+    """Whether this rank has loaded what was saved, and which of the parameters' files it has opened for that."""
+    engine = make_engine(replace(CASE, stage=2), world)
+    opened: list[str] = []
+
+    def noted(path: Path, framework: str) -> Any:
+        opened.append(path.name)
+        return safe_open(path, framework)
+
+    checkpoint_files.safe_open = noted  # type: ignore[assignment]
+    loaded = Checkpoints(Path(folder) / "checkpoints", Keep()).load_latest(engine, say=lambda line: None)
+    assert loaded is not None
+    path, mine = Path(loaded["checkpoint"]["path"]), list(opened)
+    index = read_json(path / "state.json")["parameters"]
+    saved = dict(read_tensors(path, index, index))
+    same = [torch.equal(saved[name][key], tensors[key]) for name, tensors in engine.state() for key in tensors]
+    engine.close()
+    return all(same), mine
+
+
+def test_each_file_is_read_by_one_rank(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path / "checkpoints", Keep(), part_bytes=4096).save(trained(), {}, 1)
+    (same, one), (same_there, two) = run_ranks(opened_files, 2, str(tmp_path))
+    assert same
+    assert same_there
+    assert sorted(one + two) == sorted(file.name for file in path.glob("part-*"))
+    assert min(len(one), len(two)) > 1
 
 
 def test_a_missing_file_is_found(tmp_path: Path) -> None:

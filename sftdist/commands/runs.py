@@ -1,0 +1,159 @@
+"""`sftdist runs [FOLDER]`: the runs of a folder. `sftdist runs checkpoints R [--fast]`: the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sftdist.core import snapshot
+from sftdist.core.agent import FAILED, STATUS, read_status
+from sftdist.core.lock import holder
+from sftdist.core.storage import verify_directory
+from sftdist.training.checkpoint_files import FOLDER, CheckpointInfo, checkpoints_in
+from sftdist.training.retention import best_step
+from sftdist.training.tracking import evaluation_losses
+
+_CHECKPOINTS = "checkpoints"
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 1 when a checkpoint does not verify. argparse ends with 2 where an argument is wrong."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    if words[:1] == [_CHECKPOINTS]:
+        given = parser.parse_args(words)
+        if not is_run(given.run):
+            parser.error(f"{given.run} is no run: required a run directory, which holds {snapshot.FILE}")
+        return show_checkpoints(given.run, fast=given.fast)
+    given = parser.parse_args(["list", *words] if words[:1] not in (["list"], ["-h"], ["--help"]) else words)
+    if not given.folder.is_dir():
+        parser.error(f"{given.folder}: there is no such folder; give the one that holds your run directories")
+    show_runs(given.folder)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sftdist runs",
+        description="The runs of a folder; sftdist runs FOLDER is short for sftdist runs list FOLDER.",
+    )
+    commands = parser.add_subparsers(required=True)
+    listing = commands.add_parser("list", help="every run below a folder: state, step, exit code, age, reason")
+    listing.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="default: runs")
+    checkpoints = commands.add_parser(
+        _CHECKPOINTS,
+        help="every checkpoint of a run, verified",
+        description="Every checkpoint of a run: step, size, the shape it was saved on, age, why it is kept, and "
+        "whether each of its files is what was written. Exit code 1 when one is not.",
+    )
+    checkpoints.add_argument("run", type=Path, metavar="R", help="the run directory")
+    checkpoints.add_argument("--fast", action="store_true", help="compare names and sizes only, without reading files")
+    return parser
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / snapshot.FILE).is_file()
+
+
+def show_runs(folder: Path) -> None:
+    """A line per run below `folder` (or of `folder`, where it is one), the one that changed last at the end."""
+    found = [folder] if is_run(folder) else [path for path in folder.iterdir() if is_run(path) or _has_status(path)]
+    if not found:
+        print(f"no run below {folder}")
+        return
+    rows = [_run_row(path) for path in sorted(found, key=_changed)]
+    for line in _columns([("run", "state", "step", "code", "age", "reason"), *rows]):
+        print(line.rstrip())
+
+
+def _run_row(run_dir: Path) -> tuple[str, ...]:
+    status, age = read_status(run_dir), _age(_changed(run_dir))
+    if status is None:
+        return (run_dir.name, "not started", "", "", age, "")
+    state, code, reason = status["state"], str(status["code"]), str(status["reason"])
+    if state == "running":
+        user, code = holder(run_dir), ""
+        state, reason = ("running", f"by {user}") if user else ("ended", "without a word; run it again to go on")
+    step = "" if status["step"] is None else str(status["step"])
+    return (run_dir.name, state, step, code, age, reason.partition("\n")[0])
+
+
+def _has_status(run_dir: Path) -> bool:
+    return (run_dir / STATUS).is_file()
+
+
+def _changed(run_dir: Path) -> float:
+    """When a run last said something, in seconds since 1970."""
+    names = (STATUS, "metrics.jsonl", snapshot.FILE)
+    return max(path.stat().st_mtime for name in names if (path := run_dir / name).is_file())
+
+
+def show_checkpoints(run_dir: Path, *, fast: bool = False) -> int:
+    """A line per checkpoint, oldest step first, each with what is wrong in it; 1 where something is."""
+    infos = checkpoints_in(run_dir / FOLDER)
+    if not infos:
+        print(f"{run_dir}: there is no checkpoint yet")
+        return 0
+    if fast:
+        print("sizes only (--fast): no file is read")
+    why, losses = reasons_to_keep(run_dir, infos), evaluation_losses(run_dir)
+    rows = [("step", "size", "saved on", "age", "eval/loss", "kept as")]
+    for info in infos:
+        loss = f"{losses[info.step]:.4f}" if info.step in losses else ""
+        age = _age(info.saved_at) if info.saved_at else "?"
+        rows.append((str(info.step), _size(info.bytes), _shape(info), age, loss, why[info.step]))
+    header, *lines = _columns(rows)
+    print(f"{header}  verdict")
+    broken = 0
+    for info, line in zip(infos, lines, strict=True):
+        problems = verify_directory(info.path, content=not fast)
+        broken += bool(problems)
+        good = "sizes are right" if fast else "verifies"
+        print(f"{line}  {'; '.join(problems) or good}", flush=True)  # one by one: a large one takes its time
+    return FAILED if broken else 0
+
+
+def reasons_to_keep(run_dir: Path, infos: Sequence[CheckpointInfo]) -> dict[int, str]:
+    """By step: latest, best, every N, or last."""
+    settings = snapshot.read_config(run_dir).checkpoint
+    steps = [info.step for info in infos]
+    best = best_step(steps, evaluation_losses(run_dir))
+    reasons = {}
+    for step in steps:
+        found = ["latest"] if step == steps[-1] else []
+        found += ["best"] if step == best else []
+        found += [f"every {settings.keep_every}"] if settings.keep_every and step % settings.keep_every == 0 else []
+        found += ["last"] if step in steps[-settings.keep_last : -1] else []
+        reasons[step] = ", ".join(found)
+    return reasons
+
+
+def _shape(info: CheckpointInfo) -> str:
+    if not info.world_size:
+        return "?"
+    return f"{info.world_size} rank{'s' if info.world_size > 1 else ''}, ZeRO {info.stage}, {info.precision}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def _age(moment: float) -> str:
+    seconds = max(1.0, time.time() - moment)
+    length, unit = next(pair for pair in _UNITS if seconds >= pair[0])
+    return f"{seconds / length:.0f} {unit}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Lines with the cells of each column below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

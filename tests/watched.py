@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -31,7 +31,7 @@ class Case:
     lost: float = 60.0
     hang: float = 1800.0
     before: Callable[[], None] | None = None
-    outside: Callable[[BaseProcess, list[BaseProcess]], None] | None = None
+    outside: Callable[[BaseProcess, Sequence[BaseProcess]], None] | None = None
 
 
 @dataclass
@@ -71,7 +71,7 @@ def play(case: Case, folder: Path) -> Outcome:
             case.outside(store, ranks)
         waiting = {process.sentinel for process in ranks}
         while waiting and time.monotonic() < began + 60:
-            waiting -= set(wait(waiting, 1))  # type: ignore[arg-type]
+            waiting -= set(wait(waiting, 1))
         seconds = time.monotonic() - began
     finally:
         for process in [*ranks, store]:

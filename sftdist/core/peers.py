@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from sftdist.core.errors import SftdistError
 from sftdist.core.failure import KILLED, LOST, STALLED, Failure, failure_of, here, lines
@@ -237,9 +239,8 @@ class Peers:
     # Failures.
 
     def _report_other(self, peer: int, kind: str, message: str, stack: str = "") -> None:
-        known, mine = unpack_vitals(self._store.get(f"beat/{peer}")), self._progress.now
-        rows = mine.rows if mine.step == known.step else ()
-        failure = known.failure(kind, rows, message, stack)
+        known = unpack_vitals(self._store.get(f"beat/{peer}"))
+        failure = known.failure(kind, self._progress.rows_of(known.step), message, stack)
         if self._publish(self._store, failure):
             self._say(failure)
 
@@ -268,7 +269,7 @@ class Peers:
         if self._me.number == self._me.local.start and first.reporter not in self._me.local:
             print(first.text, file=sys.stderr, flush=True)
         if not self._left.wait(LAST_WORDS_SECONDS) and not (self._failing.is_set() and self._left.wait(REPORT_SECONDS)):
-            os._exit(1)
+            _end(first.text)
 
     def _await_cause(self) -> None:
         """Wait until another rank's failure is known, or all ranks are known to live: then this error is the cause."""
@@ -297,7 +298,7 @@ class Peers:
         if not any(alive(known.pid) for peer, known in list(self._locals.items()) if peer < self._me.number):
             self._say(self._own or here(LOST, self._me.number, self._progress.now, reason))
         time.sleep(LAST_WORDS_SECONDS)
-        os._exit(1)
+        _end(reason)
 
     def _has_left(self, peer: int) -> bool:
         return self._store.check([f"left/{peer}"])
@@ -308,6 +309,15 @@ class Peers:
     def _wins(self, key: str) -> bool:
         mine = str(self._me.number)
         return self._store.compare_set(key, "", mine).decode("utf-8") == mine
+
+
+def _end(reason: str) -> NoReturn:
+    """End this process, whatever its main thread is blocked in; torchrun's own table of failures shows the reason."""
+    try:
+        raise PeerError(reason)
+    except PeerError as error:
+        get_error_handler().record_exception(error)
+    os._exit(1)
 
 
 def _death(*, out_of_memory: bool) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Activity:
-    """`step`: the optimizer step under way, counted from 1; `rows`: the ids of its rows over all ranks; `since`: when
-    it began, by `time.monotonic`; `count`: how many activities this process has begun."""
+    """`step`: the optimizer step under way, counted from 1; `rows`: the ids of its rows over all ranks;
+    `count`: how many activities this process has begun."""
 
     phase: str = "starting"
     step: int | None = None
     rows: tuple[str, ...] = ()
-    since: float = field(default_factory=time.monotonic)
     count: int = 0
 
 
@@ -24,10 +24,16 @@ class Progress:
 
     def __init__(self) -> None:
         self.now = Activity()
+        self._recent: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=32)
 
     def begin_step(self, step: int, rows: Sequence[str]) -> None:
         """A new optimizer step over these rows."""
         self.now = Activity("fetching its packs", step, tuple(rows), count=self.now.count + 1)
+        self._recent.append((step, self.now.rows))
+
+    def rows_of(self, step: int | None) -> tuple[str, ...]:
+        """The rows of one of the last steps: another rank may be a little behind. () for any other."""
+        return next((rows for known, rows in list(self._recent) if known == step), ())
 
     def note(self, phase: str) -> None:
         """The same step goes on with something else: "forward and backward", "saving", ..."""

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 
@@ -41,7 +41,7 @@ def raises_in_a_collective(world: World) -> None:
     """An error of its own, which looks like the echo of a death."""
     world.progress.begin_step(7, ROWS)
     if world.rank == 1:
-        torch.distributed.all_reduce("not a tensor")  # type: ignore[arg-type]
+        torch.distributed.all_reduce("not a tensor")
     world.barrier()
 
 
@@ -116,15 +116,15 @@ def is_suspended(world: World) -> None:
     world.barrier()
 
 
-def kill_store(store: BaseProcess, ranks: list[BaseProcess]) -> None:
+def kill_store(store: BaseProcess, ranks: Sequence[BaseProcess]) -> None:
     store.kill()
 
 
-def freeze_store(store: BaseProcess, ranks: list[BaseProcess]) -> None:
+def freeze_store(store: BaseProcess, ranks: Sequence[BaseProcess]) -> None:
     os.kill(store.pid or 0, signal.SIGSTOP)
 
 
-def suspend_ranks(store: BaseProcess, ranks: list[BaseProcess]) -> None:
+def suspend_ranks(store: BaseProcess, ranks: Sequence[BaseProcess]) -> None:
     """As a scheduler suspends and resumes a job."""
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in ranks:

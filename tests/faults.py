@@ -132,10 +132,11 @@ def contents(folder: Path, limits: Mapping[str, int] | None = None) -> Contents:
 
 
 def before_save(call: Callable[[int], None]) -> None:
-    """Have this process call `call(step)` whenever it begins to save a checkpoint."""
+    """Have this process call `call(step)` whenever it begins to save a checkpoint; the save before has ended then."""
     original = Checkpoints.save
 
     def save(self: Checkpoints, engine: Any, state: Mapping[str, Any], step: int) -> Path:
+        self.wait()  # as the save itself does, first of all
         call(step)
         return original(self, engine, state, step)
 

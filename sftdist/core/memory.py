@@ -35,16 +35,24 @@ def free_bytes() -> int:
 
 def limits(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> list[Limit]:
     """The limits of this process's control group and of those above it, version 1 and 2; none without /proc."""
+    return [
+        limit
+        for unified, folders in control_groups(membership, mount)
+        for folder in folders
+        for limit in _limit(folder, _V2 if unified else _V1)
+    ]
+
+
+def control_groups(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> Iterator[tuple[bool, list[Path]]]:
+    """For the memory controller: whether it is version 2, and the folders of this process's group and of all above."""
     if not membership.is_file():
-        return []
-    found = []
+        return
     for line in membership.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            found += [limit for folder in _upwards(mount, path) for limit in _limit(folder, _V2)]
+            yield True, list(_upwards(mount, path))
         elif "memory" in controllers.split(","):
-            found += [limit for folder in _upwards(mount / "memory", path) for limit in _limit(folder, _V1)]
-    return found
+            yield False, list(_upwards(mount / "memory", path))
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:

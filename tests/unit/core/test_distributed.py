@@ -154,7 +154,10 @@ def test_a_killed_rank_ends_the_others_and_is_named_once() -> None:
     done = _torchrun([], "fail", "kill")
     assert done.returncode == 1
     assert done.seconds < 30
-    assert re.findall(r"sftdist: error: rank \d", done.stderr) == ["sftdist: error: rank 1"]
+    said = re.findall(r"^sftdist: error: rank \d.*", done.stderr, re.MULTILINE)
+    assert len(said) == 1
+    assert re.search(r"rank 1 on .* died .*: it ended without a word", said[0])
+    assert f"PeerError: {said[0]}" in done.stderr, "torchrun's own table shows it, too"
 
 
 def test_a_wrong_key_is_said_once_for_all_ranks() -> None:

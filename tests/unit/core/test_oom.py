@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sftdist.core.distributed import World
-from sftdist.core.oom import MEMBERSHIP, oom_kills
+from sftdist.core.memory import control_groups
+from sftdist.core.oom import oom_kills
 from tests.watched import Case, play
 
 LIMIT = 128 * 2**20
@@ -22,7 +23,7 @@ LIMIT = 128 * 2**20
         ("4:memory:/job/7\n0::/\n", {"memory/job/7/memory.oom_control": "under_oom 0\noom_kill 3\n"}, 3),
         ("4:cpu,memory:/job/7\n", {"memory/memory.oom_control": "oom_kill_disable 0\noom_kill 2\n"}, 2),
         ("0::/job/7\n", {"job/7/memory.events": "oom 9\noom_kill 4\noom_group_kill 1\n"}, 4),
-        ("0::/../host/path\n", {"memory.events": "oom_kill 5\n"}, 5),
+        ("0::/host/path\n", {"memory.events": "oom_kill 5\n"}, 5),
         ("4:cpu:/\n0::/\n", {"vmstat": "nr_free_pages 1\noom_kill 6\n"}, 6),
         ("4:cpu:/\n0::/\n", {}, 0),
         (None, {"vmstat": "oom_kill 7\n"}, 7),
@@ -42,26 +43,21 @@ def test_the_count_of_the_own_group(
 @pytest.fixture
 def small_group() -> Iterator[Path]:
     """A control group of our own with little memory, below that of this process."""
-    rows = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
-    for _, controllers, path in rows:
-        v1 = "memory" in controllers.split(",")
-        if not v1 and controllers:
-            continue
-        root, limit = (
-            (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes") if v1 else (Path("/sys/fs/cgroup"), "memory.max")
-        )
-        group = root / path.lstrip("/") / f"sftdist-test-{uuid.uuid4().hex[:8]}"
+    reason = "no memory controller"
+    for unified, folders in control_groups():
+        group = folders[0] / f"sftdist-test-{uuid.uuid4().hex[:8]}"
         try:
             group.mkdir()
-            (group / limit).write_text(str(LIMIT))
         except OSError as error:
-            if group.exists():
-                group.rmdir()
             reason = str(error)
             continue
-        yield group
+        limit = group / ("memory.max" if unified else "memory.limit_in_bytes")
+        if limit.exists():
+            limit.write_text(str(LIMIT))
+            yield group
+            group.rmdir()
+            return
         group.rmdir()
-        return
     pytest.skip(f"no memory control group can be made here: {reason}")
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
@@ -48,6 +47,7 @@ from sftdist.training.checkpoint_files import (
 from sftdist.training.engine import Engine, ParameterState
 from sftdist.training.random_state import RandomState, random_state, random_tensors, restore_random_state
 from sftdist.training.retention import Keep, to_prune
+from sftdist.training.tensor_file import write_tensors
 
 LATEST = "LATEST"
 _NOT_WRITTEN = (
@@ -182,10 +182,10 @@ class Checkpoints:
             if errors:
                 shutil.rmtree(temp, ignore_errors=True)
                 raise OSError("; ".join(errors))
-            save_file(random_tensors([random for *_, random in written]), temp / RANDOM)
+            rng = write_tensors(random_tensors([random for *_, random in written]), temp / RANDOM)
             index = {name: entry for _, _, entries, _ in written for name, entry in entries.items()}
             write_json(temp / STATE, {**captured.header, "parameters": index})
-            self._publish(temp, captured.final, [files for _, files, *_ in written])
+            self._publish(temp, captured.final, [{RANDOM: rng}, *(files for _, files, *_ in written)])
 
         _on_main(world, finish, _NOT_WRITTEN)
 
@@ -193,9 +193,9 @@ class Checkpoints:
         self._sweep()
         return temporary_directory(final)
 
-    def _publish(self, temp: Path, final: Path, parts: Sequence[Mapping[str, Any]]) -> None:
+    def _publish(self, temp: Path, final: Path, written: Sequence[Mapping[str, Any]]) -> None:
         """Rename, then `LATEST`, then prune. A directory of the same step is one that did not verify: it goes."""
-        known = {name: entry for files in parts for name, entry in files.items()}
+        known = {name: entry for files in written for name, entry in files.items()}
         write_manifest(temp, known)
         if final.exists():
             remove_path(final)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
-from sftdist.core.storage import fsync, read_json, read_manifest, sha256_file, verify_directory, verify_files
+from sftdist.core.storage import read_json, read_manifest, verify_directory, verify_files
 from sftdist.training.retention import best_step
+from sftdist.training.tensor_file import write_tensors
 
 FORMAT = 1
 FOLDER = "checkpoints"  # in the run directory
@@ -139,9 +139,7 @@ class Part:
         name = self._file_name()
         path = self._folder / name
         try:
-            save_file(self._pending, path)
-            fsync(path)
-            self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            self.files[name] = write_tensors(self._pending, path)
         except (OSError, SafetensorError) as error:
             self.error = f"{path}: {error}"
         self._pending, self._size = {}, 0

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -44,6 +43,7 @@ from sftdist.model.lora import (
 from sftdist.model.loss import LossModel, causal_lm
 from sftdist.training.export_proof import FreshCheck, probe_rows, tolerance_of, write_probe
 from sftdist.training.shards import Shards
+from sftdist.training.tensor_file import write_tensors
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 
 ADAPTER = "adapter"
@@ -212,7 +212,7 @@ class _Job:
         state = save_adapter(self._source.module.model, tensors, folder)
         if self._source.updates:
             require_learned(state)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER_FILE)
+        write_tensors({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER_FILE)
 
     def _write_shards(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Stream every tensor to rank 0's disk; what the manifest says of the files."""

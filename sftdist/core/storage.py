@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -15,7 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sftdist.core.errors import DiskError
+
 FORMAT = 1
+_FOR_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 MANIFEST = "manifest.json"
 
 
@@ -31,15 +35,40 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk in the block names `path`; that of a write names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextmanager
+def disk_explained(folder: Path) -> Iterator[None]:
+    """What only the user can mend about the disk of `folder` is a DiskError that says so; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FOR_THE_USER:
+            raise
+        raise DiskError(
+            f"{error.filename or folder}: {error.strerror}, but the run has to write there. Make room or correct the "
+            "permissions, then run the same command again: it goes on from its last checkpoint."
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old text or the new one, after a crash too."""
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temp.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temp.replace(path)
+        with naming(path):
+            with temp.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
     fsync(path.parent)
@@ -163,7 +192,7 @@ def commit_directory(temp: Path, final: Path, flushed: Collection[str] = ()) -> 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """The entries of a directory's manifest by file name. Raises OSError, and ValueError where it is none of ours."""
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    text = (folder / MANIFEST).read_bytes().decode("utf-8")  # as it is: read_text would translate line ends
     manifest = json.loads(text)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError("it lists no files")

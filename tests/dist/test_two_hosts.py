@@ -80,6 +80,7 @@ def test_a_cut_between_two_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_across_a_cut_is_bit_equal(hosts: TwoHosts, tmp_path: Path) -> None:
     """The trainer itself. The run that nobody touches is on the same two hosts."""
     model_folder(tmp_path / "model")

@@ -17,8 +17,8 @@ from sftdist.core.snapshot import write_config
 from sftdist.core.storage import write_json, write_manifest
 
 
-def make_run(run_dir: Path, **checkpoint: int) -> Path:
-    write_config(run_dir, TrainConfig(checkpoint=CheckpointSettings(**checkpoint)))
+def make_run(run_dir: Path, keep_every: int = 0) -> Path:
+    write_config(run_dir, TrainConfig(checkpoint=CheckpointSettings(keep_every=keep_every)))
     return run_dir
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_names_its_process(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_checkpoints_with_shape_age_and_why_they_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = make_run(tmp_path / "run", keep_every=100, keep_last=2)
+    run_dir = make_run(tmp_path / "run", keep_every=100)
     for step in (40, 100, 110, 120):
         make_checkpoint(run_dir, step)
     losses = {40: 1.25, 100: 2.0, 120: 1.5}

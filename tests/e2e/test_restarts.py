@@ -19,6 +19,7 @@ from sftdist.training import opening
 from tests.e2e.jobs import KEYS, TRAIN, Running, finish, same, torchrun
 from tests.e2e.workshop import metrics, model_folder, status
 
+pytestmark = pytest.mark.timeout(900)  # several starts of torchrun each, on a machine that may be busy
 KILL = signal.SIGKILL
 
 

@@ -47,7 +47,11 @@ class StartupError(SftdistError):
 
 
 class TrainingError(SftdistError):
-    """Training cannot go on: a non-finite step, a dead peer, a full disk."""
+    """Training cannot go on, and another try would end the same way: a non-finite step."""
+
+
+class DiskError(SftdistError):
+    """A disk that is full, read-only or forbidden: for the user to mend, wherever in the program it is met."""
 
 
 class GateError(SftdistError):

@@ -12,12 +12,11 @@ from sftdist.core import snapshot
 from sftdist.core.agent import FAILED, STATUS, read_status
 from sftdist.core.lock import holder
 from sftdist.core.storage import verify_directory
-from sftdist.training.checkpoint_files import FOLDER, CheckpointInfo, checkpoints_in
+from sftdist.training.checkpoint_files import FOLDER, CheckpointInfo, age, checkpoints_in
 from sftdist.training.retention import best_step
 from sftdist.training.tracking import evaluation_losses
 
 _CHECKPOINTS = "checkpoints"
-_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,15 +70,15 @@ def show_runs(folder: Path) -> None:
 
 
 def _run_row(run_dir: Path) -> tuple[str, ...]:
-    status, age = read_status(run_dir), _age(_changed(run_dir))
+    status, changed = read_status(run_dir), age(time.time() - _changed(run_dir))
     if status is None:
-        return (run_dir.name, "not started", "", "", age, "")
+        return (run_dir.name, "not started", "", "", changed, "")
     state, code, reason = status["state"], str(status["code"]), str(status["reason"])
     if state == "running":
         user, code = holder(run_dir), ""
         state, reason = ("running", f"by {user}") if user else ("ended", "without a word; run it again to go on")
     step = "" if status["step"] is None else str(status["step"])
-    return (run_dir.name, state, step, code, age, reason.partition("\n")[0])
+    return (run_dir.name, state, step, code, changed, reason.partition("\n")[0])
 
 
 def _has_status(run_dir: Path) -> bool:
@@ -104,8 +103,8 @@ def show_checkpoints(run_dir: Path, *, fast: bool = False) -> int:
     rows = [("step", "size", "saved on", "age", "eval/loss", "kept as")]
     for info in infos:
         loss = f"{losses[info.step]:.4f}" if info.step in losses else ""
-        age = _age(info.saved_at) if info.saved_at else "?"
-        rows.append((str(info.step), _size(info.bytes), _shape(info), age, loss, why[info.step]))
+        saved = age(time.time() - info.saved_at) if info.saved_at else "?"
+        rows.append((str(info.step), _size(info.bytes), _shape(info), saved, loss, why[info.step]))
     header, *lines = _columns(rows)
     print(f"{header}  verdict")
     broken = 0
@@ -140,12 +139,6 @@ def _shape(info: CheckpointInfo) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
-
-
-def _age(moment: float) -> str:
-    seconds = max(1.0, time.time() - moment)
-    length, unit = next(pair for pair in _UNITS if seconds >= pair[0])
-    return f"{seconds / length:.0f} {unit}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -37,6 +37,7 @@ from sftdist.training.checkpoint_files import (
     RANDOM,
     STATE,
     Part,
+    age,
     deal,
     directory_name,
     share_tensors,
@@ -245,19 +246,10 @@ def resumption(header: Mapping[str, Any], shape: Mapping[str, Any], now: float) 
     """What a resumed run says: from where, how old that is, and how its shape differs; `now` in seconds since 1970."""
     saved_at, saved = header["saved_at"], header["shape"]
     when = datetime.fromtimestamp(saved_at).astimezone().isoformat(" ", "seconds")
-    line = f"resuming from step {header['step']}, saved {when} ({ago(now - saved_at)})"
+    line = f"resuming from step {header['step']}, saved {when} ({age(now - saved_at)} ago)"
     if saved == shape:
         return line
     return f"{line} on {_shape_text(saved)}; this run has {_shape_text(shape)}"
-
-
-def ago(seconds: float) -> str:
-    """An age in one unit, as in "3 hours ago"."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            count = int(seconds / length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return f"{max(0, int(seconds))} seconds ago"
 
 
 def _shape(engine: Engine) -> dict[str, Any]:

@@ -30,6 +30,7 @@ FOLDER = "checkpoints"  # in the run directory
 STATE = "state.json"
 RANDOM = "rng.safetensors"
 PART_BYTES = 8 * 2**30
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -191,6 +192,12 @@ def share_tensors(
                 key: torch.empty(entry["shape"], dtype=torch.float32, device=world.device) for key in entry["tensors"]
             }
         yield name, {key: world.broadcast(tensor, reader) for key, tensor in tensors.items()}
+
+
+def age(seconds: float) -> str:
+    """A time that has passed, in the largest unit that it fills: `3 h`."""
+    length, unit = next(pair for pair in _UNITS if max(1.0, seconds) >= pair[0])
+    return f"{max(1.0, seconds) / length:.0f} {unit}"
 
 
 def step_of(path: Path) -> int:

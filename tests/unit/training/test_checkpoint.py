@@ -21,8 +21,8 @@ from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import read_json, write_json, write_manifest
 from sftdist.training import checkpoint_files
-from sftdist.training.checkpoint import Checkpoints, ago, checkpoint_bytes, resumption
-from sftdist.training.checkpoint_files import checkpoints_in, deal, find, read_tensors, steps_in, verify
+from sftdist.training.checkpoint import Checkpoints, checkpoint_bytes, resumption
+from sftdist.training.checkpoint_files import age, checkpoints_in, deal, find, read_tensors, steps_in, verify
 from sftdist.training.engine import Engine
 from sftdist.training.retention import Keep
 from tests.ranks import run_ranks
@@ -245,12 +245,12 @@ def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
     checkpoints.save(trained(), {}, 120)
     checkpoints.load_latest(trained(), say=said.append)
     moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
-    assert re.fullmatch(rf"resuming from step 120, saved {moment} \(\d+ seconds ago\)", said[0])
+    assert re.fullmatch(rf"resuming from step 120, saved {moment} \(\d+ s ago\)", said[0])
     header = {"step": 7, "saved_at": time.time() - 7300.0}
     saved = {"world_size": 4, "stage": 2, "precision": "bf16"}
     line = resumption({**header, "shape": saved}, {**saved, "world_size": 2, "stage": 3}, time.time())
-    assert line.endswith("(2 hours ago) on 4 ranks at ZeRO 2 in bf16; this run has 2 ranks at ZeRO 3 in bf16")
-    assert [ago(seconds) for seconds in (-5, 60, 86400)] == ["0 seconds ago", "1 minute ago", "1 day ago"]
+    assert line.endswith("(2 h ago) on 4 ranks at ZeRO 2 in bf16; this run has 2 ranks at ZeRO 3 in bf16")
+    assert [age(seconds) for seconds in (-5, 59, 150, 86400)] == ["1 s", "59 s", "2 min", "1 d"]
 
 
 def opened_files(world: World, folder: str) -> tuple[bool, list[str]]:

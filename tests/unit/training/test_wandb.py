@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import pytest
 from sftdist.training.tracking import METRICS, Tracker, open_tracker
 from sftdist.training.wandb_process import SPEC, WandbProcess, open_wandb, wandb_id
 from sftdist.training.wandb_sink import STEP, has_key
+from tests.wandb_runs import history, of_kind, read, runs_of, silent_server, within
 
 
 def follow(run_dir: Path, *, resumed_step: int = 0, **options: Any) -> tuple[Tracker, list[str]]:
@@ -39,46 +36,18 @@ def follow(run_dir: Path, *, resumed_step: int = 0, **options: Any) -> tuple[Tra
     return tracker.followed_by(*open_wandb(run_dir, say=said.append, **{**settings, **options})), said
 
 
-def within(seconds: float, happens: Callable[[], bool]) -> bool:
-    """Whether it happens within that time."""
-    deadline = time.monotonic() + seconds
-    while not happens() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return happens()
-
-
 def train_line(step: int) -> dict[str, Any]:
     return {"step": step, "loss": 10 / 3 / step, "lr": 0.1 * step, "mfu": None, "loss/domain": 1 / step, "rows": "ab"}
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of the newest offline run, read by W&B's own reader of its transaction log."""
-    newest = max((run_dir / "wandb").glob("*run-*"), key=lambda path: path.stat().st_mtime_ns)
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(newest)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [record[kind] for record in map(json.loads, text.splitlines()) if record["type"] == kind]
+    """The records of the newest start."""
+    return of_kind(read(runs_of(run_dir)[-1]), kind)
 
 
-def history(run_dir: Path) -> list[dict[str, Any]]:
-    return [record["item"] for record in records(run_dir, "history")]
-
-
-@contextmanager
-def silent_server() -> Iterator[tuple[str, list[Any]]]:
-    """A loopback address that accepts connections and never answers; and the connections it has seen."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        seen: list[Any] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    seen.append(server.accept())
-                except OSError:
-                    return
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}", seen
-        server.shutdown(socket.SHUT_RDWR)
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """The figures of the newest start."""
+    return history(read(runs_of(run_dir)[-1]))
 
 
 def test_offline_file_holds_the_figures_of_metrics_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +62,9 @@ def test_offline_file_holds_the_figures_of_metrics_jsonl(tmp_path: Path, monkeyp
         assert connections == []
     assert said == []
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    logged = history(tmp_path)
-    assert len(logged) == len(lines) == 8
-    for line, item in zip(lines, logged, strict=True):
+    items = logged(tmp_path)
+    assert len(items) == len(lines) == 8
+    for line, item in zip(lines, items, strict=True):
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
         assert {key: item[key] for key in numbers} == numbers
         assert item[STEP] == line["step"]
@@ -127,7 +96,7 @@ def test_preempted_run_is_marked_and_resumes_under_the_same_id(tmp_path: Path) -
     run = records(tmp_path, "run")[0]
     assert run["run_id"] == first_id
     assert run["resume"] is True
-    assert [item[STEP] for item in history(tmp_path)] == [4, 5, 6]
+    assert [item[STEP] for item in logged(tmp_path)] == [4, 5, 6]
 
 
 def test_killed_trainer_leaves_no_process_and_no_figure_behind(tmp_path: Path) -> None:
@@ -147,7 +116,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -9, done.stderr
     pid = int(done.stdout)
     assert within(60, lambda: not Path(f"/proc/{pid}").exists())
-    assert [item[STEP] for item in history(tmp_path)] == [1, 2, 3]
+    assert [item[STEP] for item in logged(tmp_path)] == [1, 2, 3]
     assert records(tmp_path, "exit")[0]["exit_code"] == 1
 
 
@@ -181,7 +150,7 @@ def test_unreachable_server_keeps_the_run_offline(tmp_path: Path, monkeypatch: p
         tracker.close("done")
     assert len(said) == 1
     assert "kept offline" in said[0]
-    assert [item[STEP] for item in history(tmp_path)] == [1, 2, 3]
+    assert [item[STEP] for item in logged(tmp_path)] == [1, 2, 3]
 
 
 def test_broken_wandb_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from sftdist.core.distributed import StopSignal, World, die_with_parent, is_work
 from sftdist.core.errors import TrainingError
 from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.settings import Init, Method, TrainConfig
-from sftdist.core.storage import read_json, read_jsonl, write_json
+from sftdist.core.storage import disk_explained, read_json, read_jsonl, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
 from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
@@ -127,6 +127,7 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
         lost, hang = cfg.launch.lost_seconds, cfg.launch.hang_seconds
         watched = session(report=partial(report, run_dir), lost_seconds=lost, hang_seconds=hang)
         world = stack.enter_context(watched)
+        stack.enter_context(disk_explained(run_dir))
         return train(cfg, opening, world, stop, run_dir)
 
 

@@ -143,6 +143,18 @@ def before_save(call: Callable[[int], None]) -> None:
     Checkpoints.save = save  # type: ignore[method-assign]
 
 
+def after_save(call: Callable[[int], None]) -> None:
+    """Have this process call `call(step)` whenever it has saved a checkpoint (in the background: has begun to)."""
+    original = Checkpoints.save
+
+    def save(self: Checkpoints, engine: Any, state: Mapping[str, Any], step: int) -> Path:
+        path = original(self, engine, state, step)
+        call(step)
+        return path
+
+    Checkpoints.save = save  # type: ignore[method-assign]
+
+
 def after_load(call: Callable[[int], None]) -> None:
     """Have this process call `call(step)` when it has looked for a checkpoint; 0 where there was none."""
     original = Checkpoints.load_latest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from sftdist.core.distributed import is_worker, share_text
 from sftdist.core.errors import ConfigError, SftdistError, TrainingError
 from sftdist.core.lock import RunLock
 from sftdist.core.settings import TrainConfig
-from sftdist.core.storage import read_json, write_json
+from sftdist.core.storage import disk_explained, read_json, write_json
 from sftdist.data.pipeline import Prepared
 
 DATA_FILE = "data.json"
@@ -48,7 +48,8 @@ def open_run(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callable[
             raise SystemExit(agent.FAILED)  # rank 0 has printed it
         return Opening(**answer)
     try:
-        opening = _open_alone(cfg, run_dir, stack, ready)
+        with disk_explained(run_dir):
+            opening = _open_alone(cfg, run_dir, stack, ready)
     except BaseException as error:
         share_text("opening", json.dumps({"error": str(error)}))
         raise
@@ -68,7 +69,8 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         refuse_other_data(run_dir, prepared)
     except SftdistError as error:
         if not ended_well(run_dir):
-            agent.write_status(run_dir, "failed", error.exit_code, str(error), rank=0)
+            with suppress(OSError):  # a full disk does not hide the error, which is printed
+                agent.write_status(run_dir, "failed", error.exit_code, str(error), rank=0)
         raise
     if (step := finished_before(run_dir)) is not None:
         return Opening({}, {}, finished=True, step=step)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from sftdist.core.storage import naming
+
 METRICS = "metrics.jsonl"
 ROWS = "log/rows.jsonl"
 
@@ -36,11 +38,15 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             cut(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: what a full disk did not take is not written later, nor tried again when the file is closed.
+        self._file = path.open("ab", buffering=0)
+        self._path = path
 
     def line(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
-        self._file.flush()
+        data = (json.dumps(_plain(line), allow_nan=False) + "\n").encode("utf-8")
+        with naming(self._path):
+            while data:
+                data = data[self._file.write(data) :]
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -103,7 +109,7 @@ def cut(path: Path, step: int) -> None:
     """
     kept = [text for text, line in _whole_lines(path) if line.get("step", 0) <= step]
     temporary = path.with_name(path.name + ".cut")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())

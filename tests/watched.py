@@ -104,5 +104,6 @@ def run_rank(case: Case, environment: dict[str, str], folder: Path) -> None:
 
 
 def record(folder: Path, failure: Failure) -> None:
+    time.sleep(1.5)  # a shared file system may be slow: no rank may end before its report is written
     with (folder / "reports").open("a") as file:
         file.write(json.dumps(asdict(failure)) + "\n")

@@ -21,27 +21,21 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from sftdist.core.collectives import from_collective
 from sftdist.core.errors import SftdistError
 from sftdist.core.failure import KILLED, LOST, STALLED, Failure, failure_of, here, lines
 from sftdist.core.oom import oom_kills
 from sftdist.core.processes import alive, stopped
 from sftdist.core.progress import Awake, LastChange, Progress
-from sftdist.core.vitals import (
-    Standstill,
-    Vitals,
-    culprit,
-    from_collective,
-    others_doing,
-    pack,
-    unpack_standstill,
-    unpack_vitals,
-)
+from sftdist.core.standstill import HangWatch, everybody
+from sftdist.core.vitals import Vitals
 
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 3.0  # at the latest; sooner when there is something new to tell
 LAST_WORDS_SECONDS = 3.0  # for a rank that has hit the same error by itself and is about to say so
 READ_SECONDS = 1.0  # for the others to read of a failure before this rank's agent ends, and the store with it
 REPORT_SECONDS = 10.0  # a report is written to a file system that may have gone with the network
+END_SECONDS = 30.0  # more than all of these together
 
 
 class PeerError(SftdistError):
@@ -96,6 +90,7 @@ class Peers:
         self._known = threading.Event()  # a failure is known: what follows needs no network
         self._left = threading.Event()  # the main thread has said its error, or is done
         self._own: Failure | None = None
+        self._claiming = threading.Lock()  # held until a report is written: the process must not end before
         self._reporting = threading.Lock()
         self._oom_kills = oom_kills()
         self._clock = Awake()
@@ -105,8 +100,8 @@ class Peers:
         self._locals: dict[int, Vitals] = {}
         self._next = me.number
         self._heard = LastChange(0.0)
-        self._moved = LastChange(0.0)
-        self._begun = self._present = self._stands = False
+        self._hangs = HangWatch(self._store, me.size, patience.hang)
+        self._present = False
 
     def join(self) -> None:
         """Announce this rank and start to watch."""
@@ -127,13 +122,13 @@ class Peers:
         try:
             if echo:
                 self._await_cause()
-            first = self._publish(self._tell, failure)
+            first = self._claim(self._tell, failure)
         except dist.DistError as gone:
             if echo:
                 self._end_cut_off(_store_gone(gone))
+            self._say(failure)
             first = True
         if first:
-            self._say(failure)
             time.sleep(READ_SECONDS)
         self._left.set()
         return first
@@ -143,7 +138,8 @@ class Peers:
         with suppress(dist.DistError):  # then nobody is left to be told
             self._tell.set(f"left/{self._me.number}", "1")
             self._tell.add("left", 1)
-        self._left.set()
+        with self._claiming:
+            self._left.set()
 
     # The thread that talks to the store.
 
@@ -172,7 +168,7 @@ class Peers:
         self._beats += 1
         self._told = self._progress.now.count
         self._next_beat = self._clock.seconds + self._beat_seconds
-        self._store.set(f"beat/{self._me.number}", pack(self._vitals()))
+        self._store.set(f"beat/{self._me.number}", self._vitals().packed())
 
     def _vitals(self) -> Vitals:
         return Vitals.of(self._me.number, self._progress.now, self._beats)
@@ -181,7 +177,7 @@ class Peers:
         """Ranks of this host that have announced themselves, have ended, and did not say that they were done."""
         for peer in self._me.local:
             if peer not in self._locals and self._store.check([f"beat/{peer}"]):
-                self._locals[peer] = unpack_vitals(self._store.get(f"beat/{peer}"))
+                self._locals[peer] = Vitals.unpacked(self._store.get(f"beat/{peer}"))
         for peer, known in self._locals.items():
             if not alive(known.pid) and not self._has_left(peer):
                 self._report_other(peer, KILLED, _death(out_of_memory=oom_kills() > self._oom_kills))
@@ -209,48 +205,28 @@ class Peers:
         )
 
     def _look_for_standstill(self) -> None:
-        """When no rank has got on for so long, one of them judges which one holds up the others."""
-        stands = self._stands_still()
-        if stands != self._stands:
-            self._stands = stands
-            self._store.set(f"standstill/{self._me.number}", pack(Standstill.of(self._vitals())))
-            self._store.add("standing", 1 if stands else -1)
-        if stands and self._everybody("standing") and self._wins("judge"):
-            self._judge()
-
-    def _stands_still(self) -> bool:
-        """Loading a model may take long: the watch begins with the first activity of any rank."""
-        count = self._progress.now.count
-        if not self._begun and (count or self._store.check(["begun"])):
-            self._store.set("begun", "1")
-            self._begun = True
-        age = self._moved.age((count, self._begun), self._clock.seconds)
-        return self._begun and age > self._patience.hang
-
-    def _judge(self) -> None:
-        names = [f"standstill/{peer}" for peer in range(self._me.size)]
-        ranks = [unpack_standstill(self._store.get(name)) for name in names if self._store.check([name])]
-        slowest = culprit(ranks)
-        seconds, others = self._patience.hang, [one for one in ranks if one != slowest]
-        reason = f"no rank has got on for {seconds:.0f} s, and this one holds up the others"
-        reason += f" ({others_doing(others)})" if others else ""
-        self._report_other(slowest.vitals.rank, STALLED, reason, slowest.stack)
+        found = self._hangs.look(self._vitals(), self._clock.seconds)
+        if found is not None:
+            slowest, reason = found
+            self._report_other(slowest.vitals.rank, STALLED, reason, slowest.stack)
 
     # Failures.
 
     def _report_other(self, peer: int, kind: str, message: str, stack: str = "") -> None:
-        known = unpack_vitals(self._store.get(f"beat/{peer}"))
+        known = Vitals.unpacked(self._store.get(f"beat/{peer}"))
         failure = known.failure(kind, self._progress.rows_of(known.step), message, stack)
-        if self._publish(self._store, failure):
-            self._say(failure)
+        self._claim(self._store, failure)
 
-    def _publish(self, store: dist.Store, failure: Failure) -> bool:
-        """True for the first failure of all ranks."""
+    def _claim(self, store: dist.Store, failure: Failure) -> bool:
+        """Report it where it is the first failure of all ranks; True then."""
         notice = Notice(failure.rank, failure.pid, failure.kind, self._me.number, lines(failure)[0])
         mine = json.dumps(asdict(notice))
-        found = store.compare_set("failure", "", mine).decode("utf-8")
-        self._known.set()
-        return found == mine
+        with self._claiming:
+            first = store.compare_set("failure", "", mine).decode("utf-8") == mine
+            self._known.set()
+            if first:
+                self._say(failure)
+        return first
 
     def _say(self, failure: Failure) -> None:
         """Report, once in this process."""
@@ -276,7 +252,7 @@ class Peers:
         self._tell.set("roll call", "1")
         deadline = time.monotonic() + self._patience.lost + 2 * BEAT_SECONDS
         while time.monotonic() < deadline and not self._tell.check(["failure"]):
-            if self._tell.add("present", 0) + self._tell.add("left", 0) >= self._me.size:
+            if everybody(self._tell, "present", self._me.size):
                 return
             time.sleep(POLL_SECONDS / 2)
 
@@ -292,6 +268,8 @@ class Peers:
                     f"no contact with the rendezvous store at {where} for {silence:.0f} s: "
                     "the network is cut or that host is down"
                 )
+        if not self._left.wait(END_SECONDS):
+            _end("another rank has failed, and this one could not end by itself")
 
     def _end_cut_off(self, reason: str) -> None:
         """Without a store the ranks of a host agree by themselves: the first that still runs reports, and all end."""
@@ -302,13 +280,6 @@ class Peers:
 
     def _has_left(self, peer: int) -> bool:
         return self._store.check([f"left/{peer}"])
-
-    def _everybody(self, counter: str) -> bool:
-        return self._store.add(counter, 0) + self._store.add("left", 0) >= self._me.size
-
-    def _wins(self, key: str) -> bool:
-        mine = str(self._me.number)
-        return self._store.compare_set(key, "", mine).decode("utf-8") == mine
 
 
 def _end(reason: str) -> NoReturn:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sftdist.core.vitals import Standstill, Vitals, culprit, from_collective, pack, unpack_standstill, unpack_vitals
+from sftdist.core.collectives import from_collective
+from sftdist.core.standstill import Standstill, culprit
+from sftdist.core.vitals import Vitals
 
 
 def rank(number: int, step: int | None, waits: bool, count: int = 5, place: str = "collective.py:1") -> Standstill:
@@ -32,8 +34,8 @@ def test_who_holds_up_the_rest(ranks: list[Standstill], named: int) -> None:
 
 def test_packed_and_unpacked() -> None:
     one = rank(1, None, True)
-    assert unpack_standstill(pack(one)) == one
-    assert unpack_vitals(pack(one.vitals).encode()) == one.vitals
+    assert Standstill.unpacked(one.packed()) == one
+    assert Vitals.unpacked(one.vitals.packed().encode()) == one.vitals
 
 
 def wrap() -> None:

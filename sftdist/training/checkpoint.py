@@ -180,13 +180,15 @@ class Checkpoints:
         errors = [f"rank {rank}: {error}" for rank, (error, *_) in enumerate(written) if error]
 
         def finish() -> None:
-            if errors:
+            try:
+                if errors:
+                    raise OSError("; ".join(errors))
+                rng = write_tensors(random_tensors([random for *_, random in written]), temp / RANDOM)
+                index = {name: entry for _, _, entries, _ in written for name, entry in entries.items()}
+                write_json(temp / STATE, {**captured.header, "parameters": index})
+                self._publish(temp, captured.final, [{RANDOM: rng}, *(files for _, files, *_ in written)])
+            finally:  # renamed by now, or else in the way: a full disk needs its room to write down the failure
                 shutil.rmtree(temp, ignore_errors=True)
-                raise OSError("; ".join(errors))
-            rng = write_tensors(random_tensors([random for *_, random in written]), temp / RANDOM)
-            index = {name: entry for _, _, entries, _ in written for name, entry in entries.items()}
-            write_json(temp / STATE, {**captured.header, "parameters": index})
-            self._publish(temp, captured.final, [{RANDOM: rng}, *(files for _, files, *_ in written)])
 
         _on_main(world, finish, _NOT_WRITTEN)
 

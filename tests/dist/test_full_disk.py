@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sftdist.core.failure import read_failure
 from sftdist.training.checkpoint_files import checkpoints_in, steps_in, verify
+from tests.e2e.workshop import status
 from tests.faults import Job, after_save, before_save, contents
 from tests.saving import RANKS, Shape, Whole, assert_equal_runs, assert_no_litter, go_on_to_the_end
 
@@ -89,6 +91,12 @@ def test_a_save_that_finds_the_disk_full(home: Path, disk: Path, shape: Shape, w
         assert newest(run_dir) == before + (2 if room == pages else 1), screen
         said = [line for line in screen.splitlines() if "No space left" in line]
         assert all(str(run_dir) in line for line in said), "the file is named"
+        if 0 < room < pages:  # what was begun is removed, so that there is room to write this down
+            failure = read_failure(run_dir)
+            assert failure is not None
+            assert "No space left" in failure.message
+            assert "No space left" in status(run_dir)["reason"]
+            assert_no_litter(run_dir)
         (disk / BALLAST).unlink()
     go_on_to_the_end(home, shape, run_dir, newest(run_dir))
     assert_equal_runs(run_dir, whole.run_dir)

@@ -23,7 +23,7 @@ from sftdist.core.distributed import StopSignal, World, die_with_parent, is_work
 from sftdist.core.errors import TrainingError
 from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.settings import Init, Method, TrainConfig
-from sftdist.core.storage import disk_explained, read_json, read_jsonl, write_json
+from sftdist.core.storage import disk_explained, read_json, write_json
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
 from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
@@ -57,7 +57,7 @@ from sftdist.training.opening import Opening, finished_before, open_run, refuse_
 from sftdist.training.optimizer import lr_at
 from sftdist.training.retention import Keep
 from sftdist.training.startup import run_checks
-from sftdist.training.tracking import METRICS, Tracker, evaluation_losses, open_tracker
+from sftdist.training.tracking import Tracker, evaluated, evaluation_losses, open_tracker
 from sftdist.training.wandb_process import open_wandb
 from sftdist.training.zero_config import override_issues
 
@@ -278,7 +278,7 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
 
     spec = LoopSpec(job.steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
     job.status(agent.FAILED, "training", state.step)
-    missed = evaluation_is_due(spec, state) and not world.broadcast_object(evaluated(job.run_dir, state))
+    missed = evaluation_is_due(spec, state) and not world.broadcast_object(evaluated(job.run_dir, state.step))
     if missed and not evaluate(state):  # the run ended between a checkpoint and its evaluation, and again there
         return state, True
     calls = Calls(lambda: Flags(job.stop.requested, checkpoints.failed), begin, track, save, checkpoints.wait, evaluate)
@@ -300,12 +300,6 @@ def checkpoints_of(cfg: TrainConfig, run_dir: Path, trained: Trained, world: Wor
         base=base_of(cfg, trained.commit, world),
         background=world.beside() if settings.background else None,
     )
-
-
-def evaluated(run_dir: Path, state: TrainState) -> bool:
-    """Whether `metrics.jsonl` holds the evaluation of this step."""
-    lines = read_jsonl(run_dir / METRICS) if (run_dir / METRICS).is_file() else iter(())
-    return any(line["kind"] == "eval" and line["step"] == state.step for line in lines)
 
 
 def validation_batches(cfg: TrainConfig, corpus: Corpus, world: World) -> list[Batch]:

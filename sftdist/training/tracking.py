@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,18 +104,24 @@ def open_tracker(run_dir: Path, *, resumed_step: int) -> Tracker:
 
 
 def cut(path: Path, step: int) -> None:
-    """Atomically drop the lines of steps after `step`, which a resumed run makes again; lines without a step stay.
+    """Drop the lines of steps after `step`, which a resumed run makes again. The steps rise through the file.
 
-    A kill leaves a last line unfinished and a power cut may leave garbage: the file ends at the first line that is
-    not whole. Nothing of a checkpoint is lost by that, for the file is synced before each.
+    A kill leaves a last line unfinished and a power cut may leave garbage; both stand behind the lines of the
+    checkpoint, for the file is synced before each. So the file ends behind the last line that stays, which is looked
+    for from its end: a run of a million steps is resumed as fast as a short one.
     """
-    kept = [text for text, line in _whole_lines(path) if line.get("step", 0) <= step]
-    temporary = path.with_name(path.name + ".cut")
-    with naming(path), temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
+    end = next((end for end, line in _from_the_end(path) if line["step"] <= step), 0)
+    with naming(path), path.open("r+b") as file:
+        file.truncate(end)
         os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+def evaluated(run_dir: Path, step: int) -> bool:
+    """Whether `metrics.jsonl` holds the evaluation of this step, which is among its last ones."""
+    path = run_dir / METRICS
+    lines = (line for _, line in _from_the_end(path)) if path.is_file() else iter(())
+    last = takewhile(lambda line: line["step"] >= step, lines)
+    return any(line["kind"] == "eval" and line["step"] == step for line in last)
 
 
 def evaluation_losses(run_dir: Path) -> dict[int, float]:
@@ -133,6 +141,23 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not text.endswith("\n"):
                 return
             yield text, line
+
+
+def _from_the_end(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole lines of a file, the last one first, each with the place where it ends."""
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = data.rfind(b"\n") + 1
+        while end:
+            start = data.rfind(b"\n", 0, end - 1) + 1
+            try:
+                line = json.loads(data[start:end])
+            except ValueError:  # garbage, of one encoding or another
+                line = None
+            if line is not None:
+                yield end, line
+            end = start
 
 
 def _plain(value: Any) -> Any:

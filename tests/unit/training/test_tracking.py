@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from sftdist.training.console import PlainConsole, ProgressConsole, open_console, other_line
 from sftdist.training.meter import PEAK_FLOPS, Meter, StepFacts, memory_gib, peak_flops
-from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, evaluation_losses, open_tracker
+from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, evaluated, evaluation_losses, open_tracker
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -86,14 +87,36 @@ def test_resumed_run_writes_the_same_file(tmp_path: Path) -> None:
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_cut_keeps_lines_without_a_step_and_ends_at_garbage(tmp_path: Path) -> None:
+def test_cut_goes_back_over_garbage_to_the_last_line_that_stays(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b'{"kind": "start"}\n{"step": 1}\n{"step": 3}\n{"step": 2}\n\0\0\0\xff\n{"step": 1}\n')
-    cut(file, 2)
-    assert file.read_text() == '{"kind": "start"}\n{"step": 1}\n{"step": 2}\n'
-    cut(file, 0)
-    assert file.read_text() == '{"kind": "start"}\n'
+    file.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n\0\0\xff\n{"step": 4}\n{"st')
+    for step, kept in ((3, [1, 2, 2, 3]), (2, [1, 2, 2]), (1, [1]), (0, []), (0, [])):
+        cut(file, step)
+        assert [line["step"] for line in read(file)] == kept
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_a_long_file_is_cut_as_fast_as_a_short_one(tmp_path: Path) -> None:
+    """A6: only its end is read; `rows.jsonl` of a long run would not fit into memory."""
+    file = tmp_path / "x.jsonl"
+    first = b'{"step": 1, "rows": ["' + b"x" * 1_000 + b'"]}\n'
+    with file.open("wb") as out:
+        out.writelines([first] * 200_000)
+        out.writelines(b'{"step": %d}\n' % step for step in range(2, 100))
+    started = time.process_time()
+    cut(file, 50)
+    assert time.process_time() - started < 0.2
+    assert file.stat().st_size == 200_000 * len(first) + sum(len(b'{"step": %d}\n' % step) for step in range(2, 51))
+
+
+def test_an_evaluation_is_looked_for_among_the_last_lines(tmp_path: Path) -> None:
+    assert not evaluated(tmp_path, 4)
+    tracker = open_tracker(tmp_path, resumed_step=0)
+    run_steps(tracker, 1, 4)
+    assert evaluated(tmp_path, 4)
+    assert not evaluated(tmp_path, 5)
+    run_steps(tracker, 5, 5)
+    assert not evaluated(tmp_path, 5)
 
 
 def test_silent_tracker_of_other_ranks() -> None:

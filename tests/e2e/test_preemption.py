@@ -44,19 +44,22 @@ def test_a_bare_torchrun_stops_when_one_rank_is_told_to(place: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [TERM, USR1, USR2, INT])
-@pytest.mark.parametrize("target", ["command", "agent", "rank 0", "rank 1", "everybody"])
+@pytest.mark.parametrize(
+    ("number", "target"),
+    [
+        *((number, "command") for number in (TERM, USR1, USR2, INT)),
+        *((number, "agent") for number in (TERM, USR1)),
+        *((TERM, "rank 0"), (INT, "rank 1"), (TERM, "everybody"), (USR1, "everybody")),
+    ],
+)
 def test_any_signal_to_any_process(place: Path, number: signal.Signals, target: str) -> None:
     run_dir = place / f"runs/{number.name}-{target.replace(' ', '')}"
     with Running([*TRAIN, *KEYS, f"run.dir={run_dir}"], place) as job:
         job.until_step(run_dir, 3)
         ranks, agent = job.ranks(), job.agent()
-        if number == INT and target == "everybody":  # the agent's own and the one passed on make two: stop at once
-            job.tell(number, job.process.pid, *ranks.values())
-        else:
-            everybody = (job.process.pid, agent, *ranks.values())
-            pids = {"command": everybody[:1], "agent": (agent,), "rank 0": (ranks[0],), "rank 1": (ranks[1],)}
-            job.tell(number, *pids.get(target, everybody))
+        everybody = (job.process.pid, agent, *ranks.values())
+        pids = {"command": everybody[:1], "agent": (agent,), "rank 0": (ranks[0],), "rank 1": (ranks[1],)}
+        job.tell(number, *pids.get(target, everybody))
         assert job.end() == 75, job.screen
     stopped_where_it_says(run_dir)
     finish(place, f"run.dir={run_dir}")

@@ -74,13 +74,18 @@ def shared_data() -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """One dated result: figures, and the rows of a table, with command, versions, commit and machine."""
+    """One dated result: figures, and the rows of a table, with command, versions, commit and machine.
+
+    `more`: further tables by their titles; `notes`: paragraphs below them.
+    """
 
     name: str
     command: str
     figures: dict[str, Any]
     table: list[dict[str, Any]]
     about: str = ""
+    more: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     where: dict[str, Any] = field(
         default_factory=lambda: {**git_state(ROOT), "versions": versions() | peers()} | machine()
     )
@@ -91,7 +96,8 @@ class Result:
         path = folder / f"{date}-{self.name}.json"
         folder.mkdir(parents=True, exist_ok=True)
         value = {"benchmark": self.name, "date": date, "command": self.command, "about": self.about}
-        write_json(path, {**value, "figures": self.figures, "table": self.table, "where": self.where})
+        tables = {"table": self.table, **({"more": self.more} if self.more else {})}
+        write_json(path, {**value, "figures": self.figures, **tables, "where": self.where})
         text = self.markdown(date)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
@@ -109,6 +115,9 @@ class Result:
             *markdown_table(self.table),
             "",
         ]
+        for title, rows in self.more.items():
+            lines += [f"## {title}", "", *markdown_table(rows), ""]
+        lines += [line for note in self.notes for line in (note, "")]
         lines += [f"- {key}: {_text(value)}" for key, value in self.figures.items()]
         lines += ["", ", ".join(f"{key} {_text(value)}" for key, value in where.items()), ""]
         lines += [", ".join(f"{key} {value}" for key, value in self.where["versions"].items()), ""]

@@ -18,6 +18,7 @@ from sftdist.core.distributed import World
 from tests.watched import Case, Outcome, play
 
 ROWS = ("row-1", "row-2")
+SLACK = 12.0  # seconds: a slow report, the others' last words, forty processes on two cores
 
 
 def works(world: World) -> None:
@@ -178,21 +179,21 @@ def test_a_rank_that_raises(outcomes: Outcomes) -> None:
     assert (report.message, report.code, report.retry) == ("ValueError: only here", 1, True)
     assert "in at_fault" in report.traceback
     assert outcome.codes == [1] * 4
-    assert outcome.seconds < 10
+    assert outcome.seconds < SLACK
 
 
 def test_an_error_in_a_collective_is_told_from_a_death(outcomes: Outcomes) -> None:
     outcome = outcomes("raises in a collective")
     assert (outcome.report.rank, outcome.report.kind) == (1, "error")
     assert "not a tensor" in outcome.report.message or "tensor" in outcome.report.message.lower()
-    assert outcome.seconds < 10, "nobody waits to hear of the dead when all live"
+    assert outcome.seconds < SLACK, "nobody waits to hear of the dead when all live"
 
 
 def test_a_rank_in_c_code_ends_too(outcomes: Outcomes) -> None:
     outcome = outcomes("raises beside a deaf rank")
     assert outcome.report.rank == 1
     assert outcome.codes == [1, 1]
-    assert outcome.seconds < 10
+    assert outcome.seconds < SLACK
 
 
 def test_a_killed_rank_is_named_not_the_echo(outcomes: Outcomes) -> None:
@@ -201,7 +202,7 @@ def test_a_killed_rank_is_named_not_the_echo(outcomes: Outcomes) -> None:
     assert (report.rank, report.kind, report.step, report.rows) == (1, "killed", 7, ROWS)
     assert "without a word" in report.message
     assert outcome.codes == [1, -signal.SIGKILL, 1]
-    assert outcome.seconds < 10
+    assert outcome.seconds < SLACK
 
 
 def test_a_stopped_rank_is_lost_and_does_not_stay(outcomes: Outcomes) -> None:
@@ -209,7 +210,7 @@ def test_a_stopped_rank_is_lost_and_does_not_stay(outcomes: Outcomes) -> None:
     assert (outcome.report.rank, outcome.report.kind, outcome.report.step) == (1, "lost", 7)
     assert "stopped" in outcome.report.message
     assert outcome.codes == [1, -signal.SIGKILL, 1]
-    assert outcome.seconds < 1 + 3 + 8
+    assert outcome.seconds < 1 + 3 + SLACK
 
 
 def test_the_one_that_holds_up_the_rest_is_named(outcomes: Outcomes) -> None:
@@ -219,12 +220,12 @@ def test_the_one_that_holds_up_the_rest_is_named(outcomes: Outcomes) -> None:
     assert "in falls_asleep" in report.traceback
     assert "2 waiting in step 7" in report.message
     assert outcome.codes == [1, 1, 1]
-    assert outcome.seconds < 1 + 3 + 8
+    assert outcome.seconds < 1 + 3 + SLACK
 
 
 @pytest.mark.parametrize(
     ("name", "reason", "bound"),
-    [("the store dies", "store has ended", 2 + 10), ("the store is out of reach", "no contact with", 2 + 3 + 10)],
+    [("the store dies", "store has ended", 2 + SLACK), ("the store is out of reach", "no contact with", 2 + 3 + SLACK)],
 )
 def test_without_the_store_a_host_says_so_once(outcomes: Outcomes, name: str, reason: str, bound: float) -> None:
     outcome = outcomes(name)

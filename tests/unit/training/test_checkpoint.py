@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sftdist.core import storage
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import read_json, write_json, write_manifest
-from sftdist.training import checkpoint_files
+from sftdist.training import checkpoint_files, tensor_file
 from sftdist.training.checkpoint import Checkpoints, checkpoint_bytes, resumption
 from sftdist.training.checkpoint_files import age, checkpoints_in, deal, find, read_tensors, steps_in, verify
 from sftdist.training.engine import Engine
@@ -75,6 +77,29 @@ def test_saved_and_loaded_state_is_the_same(tmp_path: Path) -> None:
     for one, two in zip(engine.state(), other.state(), strict=True):
         assert one.name == two.name
         assert all(torch.equal(one.tensors[key], two.tensors[key]) for key in one.tensors)
+
+
+def test_each_file_is_flushed_and_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large model are hundreds of gigabytes. And all are as readable as the umask says."""
+    calls = Counter[tuple[str, str]]()
+    for module, name in (
+        (storage, "fsync"),
+        (storage, "sha256_file"),
+        (tensor_file, "fsync"),
+        (tensor_file, "sha256_file"),
+    ):
+        original = getattr(module, name)
+
+        def counted(path: Path, name: str = name, original: Any = original) -> Any:
+            calls[name, path.name] += 1
+            return original(path)
+
+        monkeypatch.setattr(module, name, counted)
+    path = Checkpoints(tmp_path / "checkpoints", Keep(), part_bytes=4096).save(trained(), {}, 1)
+    files = [file.name for file in path.glob("*.safetensors")]
+    assert len(files) > 2
+    assert {calls[name, file] for name in ("fsync", "sha256_file") for file in files} == {1}
+    assert {file.stat().st_mode for file in path.iterdir()} == {(path / "manifest.json").stat().st_mode}
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:

@@ -230,7 +230,8 @@ class _Job:
         if is_adapted(self._source):
             if self._source.updates:
                 require_change(proofs, self._spec.dtype)
-            self._say(_describe(proofs, self._spec.dtype))
+            if self._world.is_main:
+                self._say(_describe(proofs, self._spec.dtype))
         entries: dict[str, dict[str, Any]] = self.on_main(shards.finish)
         return entries
 

@@ -56,9 +56,9 @@ def best_is_second(rank: int, pipe: Connection) -> None:
     evaluate, save = train.evaluate_loss, Checkpoints.save
     losses = iter(LOSSES.values())
 
-    def evaluated(*arguments: Any, **named: Any) -> Any:
+    def evaluated(*arguments: Any, **named: Any) -> dict[str, float]:
         figures = evaluate(*arguments, **named)
-        return {**figures, "eval/loss": next(losses)}
+        return {**(figures or {}), "eval/loss": next(losses)}
 
     def saved(self: Checkpoints, engine: Any, state: Mapping[str, Any], step: int) -> Path:
         if step == 2:

@@ -16,7 +16,7 @@ import safetensors.torch
 
 from tests.faults import after_load, before_export, before_save, contents, say_and_stay
 
-_DIRECTORY_ARGUMENT = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
+_DIRECTORY_ARGUMENT = {"os.mkdir": 2, "os.chmod": 2, "os.remove": 1, "os.rmdir": 1}
 
 
 @dataclass(frozen=True)

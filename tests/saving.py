@@ -25,11 +25,12 @@ class Shape:
     background: bool = False
     checks: bool = False  # those of the start
     more: tuple[str, ...] = ()
+    exp: str = "full"
 
     def overrides(self, run_dir: Path) -> list[str]:
         """The command line, for ranks in the home folder."""
         return [
-            *("+exp=full", "model.path=model", "data.train=my.jsonl", *SMALL, "precision=fp32"),
+            *(f"+exp={self.exp}", "model.path=model", "data.train=my.jsonl", *SMALL, "precision=fp32"),
             *(f"zero.stage={self.stage}", f"train.max_steps={self.steps}"),
             *("checkpoint.every_steps=1", f"checkpoint.background={_yaml(self.background)}"),
             *(f"train.startup_checks={_yaml(self.checks)}", f"run.dir={run_dir}", *self.more),

@@ -4,6 +4,8 @@ checkpoint is whole, and once there is room the same command goes on, bit-equal.
 from __future__ import annotations
 
 import os
+import re
+import resource
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -116,3 +118,31 @@ def test_a_line_that_finds_the_disk_full(home: Path, disk: Path, shape: Shape, w
     (disk / BALLAST).unlink()
     go_on_to_the_end(home, shape, run_dir, 12)
     assert_equal_runs(run_dir, whole.run_dir)
+
+
+@dataclass(frozen=True)
+class LimitFiles:
+    """A fault: from the save of step `step` on, no file of rank 1 may grow beyond 64 KiB."""
+
+    step: int
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        if rank == 1:
+            before_save(lambda step: self._limit() if step == self.step else None)
+
+    def _limit(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+
+
+def test_one_rank_whose_files_cannot_grow(home: Path, shape: Shape, whole: Whole) -> None:
+    """Where no file system can be mounted, this still runs; and the other rank's disk is sound."""
+    run_dir = home / "limited"
+    with Job(RANKS, shape.overrides(run_dir), home, LimitFiles(2)) as job:
+        assert job.codes() == [1] * RANKS
+        screen = job.screen()
+    assert re.search(r"rank 1: .*part-00001-00\.safetensors: .*File too large", screen)
+    assert "Traceback" not in screen
+    assert newest(run_dir) == 1
+    go_on_to_the_end(home, shape, run_dir, 1)
+    assert_equal_runs(run_dir, whole.run_dir)
+    assert_no_litter(run_dir)

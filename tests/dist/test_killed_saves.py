@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sftdist.training.checkpoint_files import checkpoints_in, verify
+from tests.e2e.jobs import TRAIN, Running
 from tests.e2e.workshop import status
 from tests.faults import Contents, Job, contents
 from tests.held import Hold
@@ -123,3 +125,40 @@ def test_killed_fifty_times_at_random(home: Path, stage: int, background: bool, 
     kills = random_kills(whole, count, seed=stage + count)
     run_dir = home / f"cut-{stage}-{background}-{count}"
     end_well(home, shape, run_dir, kill_in_turn(home, shape, run_dir, kills), whole)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_killed_three_times_under_torchrun(home: Path, shape: Shape, whole: Whole) -> None:
+    """As a user starts it: the kills come from outside when a save is seen on the disk; at last it ends with its
+    export."""
+    run_dir = home / "under-torchrun"
+    command = [*TRAIN, *shape.overrides(run_dir), "launch.nproc=2"]
+    for step in (5, 11, 17):
+        with Running(command, home) as job:
+            job.until(lambda: len(job.ranks()) == RANKS)
+            ranks = job.ranks().values()
+            wait_for_save(run_dir / "checkpoints", step)
+            job.tell(signal.SIGKILL, *ranks)
+            assert job.end() == 1, job.screen
+        left = checkpoints_in(run_dir / "checkpoints")
+        assert all(verify(info.path) == [] for info in left)
+        assert step - 1 <= left[-1].step < shape.steps
+        assert status(run_dir)["state"] == "failed"
+    with Running(command, home) as job:
+        assert job.end() == 0, job.screen
+        assert f"resuming from step {left[-1].step}," in job.screen
+    assert status(run_dir)["state"] == "done"
+    assert_equal_runs(run_dir, whole.run_dir)
+    assert_no_litter(run_dir)
+
+
+def wait_for_save(folder: Path, step: int) -> None:
+    """Until something of that step or of a later one is written."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        names = [path.name for path in folder.glob(".step-*")]
+        if any(int(re.findall(r"step-(\d+)", name)[0]) >= step for name in names):
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"no save of step {step} in {folder}")

@@ -141,7 +141,7 @@ def test_a_bad_configuration_trains_nothing_however_often_torchrun_starts_it(pla
         [*torchrun("--max-restarts", "1"), *KEYS, "optimizer.lr=-1", "run.dir=runs/unconfigured"], place
     ) as job:
         assert job.end() == 1, job.screen
-        assert job.screen.count("optimizer.lr") == 2
+        assert job.screen.count("error: optimizer.lr") == 2
     assert not (place / "runs/unconfigured").exists()
 
 

@@ -116,7 +116,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 def test_a_save_that_keeps_references_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure above rejects a save that hands the live tensors to the thread."""
 
-    def references(engine: Engine) -> Iterator[ParameterState]:
+    def references(engine: Engine, *limits: int) -> Iterator[ParameterState]:
         return engine.state()
 
     monkeypatch.setattr(checkpoint, "_own_pieces", references)

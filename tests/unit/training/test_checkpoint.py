@@ -280,7 +280,7 @@ def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
 
 def opened_files(world: World, folder: str) -> tuple[bool, list[str]]:
     """Whether this rank has loaded what was saved, and which of the parameters' files it has opened for that."""
-    engine = make_engine(replace(CASE, stage=2), world)
+    engine = make_engine(CASE, world)
     opened: list[str] = []
 
     def noted(path: Path, framework: str) -> Any:

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from sftdist.core.storage import MANIFEST, read_json
-from sftdist.data.loader import Loader, Step
+from sftdist.data.loader import Batch, Loader, Step
+from sftdist.model.loss import LossOutput
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.engine import Engine
-from tests.e2e.workshop import evaluations, metrics
+from tests.e2e.workshop import evaluations, metrics, status
 from tests.interrupted import (
     EPOCHS,
     SIZES,
@@ -79,6 +80,25 @@ def forget(what: str, rank: int, pipe: Connection) -> None:
 
     Checkpoints.load_latest = forgetful_load  # type: ignore[method-assign,assignment]
     Loader.take = counted_take  # type: ignore[method-assign,assignment]
+
+
+def end_in_evaluation(step: int, rank: int, pipe: Connection) -> None:
+    """The fault: rank 1 is asked to stop while it evaluates after this step."""
+    take, evaluate = Loader.take, Engine.evaluate
+    reached: list[int] = []
+
+    def noted_take(loader: Loader) -> Step:
+        taken = take(loader)
+        reached.append(taken.step + 1)
+        return taken
+
+    def interrupted_evaluate(engine: Engine, batch: Batch) -> LossOutput:
+        if reached[-1:] == [step] and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(engine, batch)
+
+    Loader.take = noted_take  # type: ignore[method-assign,assignment]
+    Engine.evaluate = interrupted_evaluate  # type: ignore[method-assign,assignment]
 
 
 @dataclass(frozen=True)
@@ -162,6 +182,17 @@ def test_a_resume_that_forgets_something_is_seen(home: Path, what: str) -> None:
     assert [line["loss"] for line in wrong[first:]] != [line["loss"] for line in right[first : first + 2]]
     same_rows = row_ids(home / spoiled) == row_ids(found.whole)[: first + 2]
     assert same_rows == (what == "the random state")
+
+
+def test_a_stop_in_an_evaluation_ends_it_and_it_is_made_later(home: Path) -> None:
+    """A preempted job does not sit it out: it saves and leaves, and the evaluation is the first thing of the next."""
+    found = outcome(home, COVER[0])
+    cut = home / "runs/evaluating"
+    job(home, COVER[0], "runs/evaluating", partial(end_in_evaluation, 12))
+    assert (status(cut)["state"], status(cut)["step"], saved_step(cut)) == ("preempted", 12, 12)
+    assert [line["step"] for line in evaluations(cut)] == [6]
+    almost_to_the_end(home, COVER[0], "runs/evaluating")
+    assert lines_of(cut) == lines_of(found.whole)
 
 
 def test_each_pass_over_a_source_has_an_order_of_its_own(home: Path) -> None:

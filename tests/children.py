@@ -12,6 +12,7 @@ from sftdist.core import agent, config
 from sftdist.core.distributed import StopSignal, die_with_parent, restart_count, session, share_text
 from sftdist.core.errors import TrainingError
 from sftdist.core.failure import ERROR, here, write_failure
+from sftdist.core.grace import torchrun_grace
 from sftdist.core.progress import Activity
 from sftdist.core.settings import TrainConfig
 
@@ -36,6 +37,11 @@ def fail(how: str) -> None:
         if world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(120)
+
+
+def grace(folder: str) -> None:
+    """A rank that writes how long its torchrun would wait for it."""
+    Path(folder, "grace").write_text(str(torchrun_grace()))
 
 
 def configured() -> int:

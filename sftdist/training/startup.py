@@ -6,6 +6,7 @@ to one without.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -186,14 +187,21 @@ def check_copy(copy_bytes: int, free_bytes: int) -> str:
     return f"its copy {copy_bytes / GIB:.3f} GiB of {free_bytes / GIB:.1f} GiB free memory"
 
 
-def check_grace(seconds: float, grace_seconds: float) -> str:
-    """A save must fit into the time that a preemption leaves."""
+def check_grace(seconds: float, grace_seconds: float, torchrun_seconds: float | None) -> str:
+    """A save must fit into the time that a preemption leaves, and torchrun (`torchrun_seconds`), where it is used."""
     if seconds > grace_seconds:
         raise StartupError(
             f"a save would take about {seconds:.0f} s, but checkpoint.grace_seconds is {grace_seconds:.0f}. "
             f"Set checkpoint.grace_seconds={int(seconds * 1.5) + 1} (and the scheduler's grace to match)."
         )
-    return f"about {seconds:.1f} s of {grace_seconds:.0f} s grace"
+    if torchrun_seconds is not None and seconds > torchrun_seconds:
+        raise StartupError(
+            f"a save would take about {seconds:.0f} s, but this torchrun kills its ranks {torchrun_seconds:.0f} s "
+            "after a signal. Start with `sftdist train`, which gives them checkpoint.grace_seconds, or give torchrun "
+            f"--shutdown-timeout {math.ceil(grace_seconds)}."
+        )
+    least = grace_seconds if torchrun_seconds is None else min(grace_seconds, torchrun_seconds)
+    return f"about {seconds:.1f} s of {least:.0f} s grace"
 
 
 def compare_memory(

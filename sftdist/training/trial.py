@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sftdist.core import memory
 from sftdist.core.distributed import World
 from sftdist.core.errors import StartupError
+from sftdist.core.grace import torchrun_grace
 from sftdist.core.settings import CheckpointSettings
 from sftdist.core.storage import sha256_file
 from sftdist.training.checkpoint import checkpoint_bytes
@@ -37,7 +38,7 @@ def save_figures(engine: Engine, run_dir: Path, world: World, settings: Checkpoi
         share = whole * ranks_of_this_host(world) // world.size
         figures.append(f"{check_copy(share, memory.free_bytes())}, training waits about {gather:.1f} s for it")
         seconds += write
-    figures.append(f"a save takes {check_grace(seconds, settings.grace_seconds)}")
+    figures.append(f"a save takes {check_grace(seconds, settings.grace_seconds, torchrun_grace())}")
     return "; ".join(figures)
 
 

@@ -151,7 +151,15 @@ def test_a_copy_that_does_not_fit_into_host_memory_is_refused() -> None:
 
 def test_a_save_longer_than_the_grace_is_refused() -> None:
     with pytest.raises(StartupError, match=r"Set checkpoint\.grace_seconds=151"):
-        check_grace(100.0, 30.0)
+        check_grace(100.0, 30.0, None)
+    assert check_grace(20.0, 30.0, None) == "about 20.0 s of 30 s grace"
+
+
+def test_a_save_longer_than_torchrun_waits_is_refused() -> None:
+    """torchrun's default is 30 s, whatever checkpoint.grace_seconds says."""
+    with pytest.raises(StartupError, match=r"kills its ranks 30 s after.*--shutdown-timeout 300"):
+        check_grace(100.0, 300.0, 30.0)
+    assert check_grace(20.0, 300.0, 30.0) == "about 20.0 s of 30 s grace"
 
 
 def test_a_pack_that_does_not_fit_names_the_overrides() -> None:

@@ -100,7 +100,7 @@ class Checkpoints:
         self.wait()
         final = self._folder / directory_name(step)
         captured = _Captured(final, self._header(engine, state, step), random_state(engine.world.device))
-        pieces = _own_pieces(engine)
+        pieces = _own_pieces(engine, self._part_bytes)
         if self._background is None:
             self._write(engine.world, captured, pieces)
         else:
@@ -168,13 +168,16 @@ class Checkpoints:
             "state": copy.deepcopy(dict(state)),
         }
 
-    def _write(self, world: World, captured: _Captured, pieces: Iterable[ParameterState]) -> None:
+    def _write(self, world: World, captured: _Captured, pieces: Iterable[ParameterState | None]) -> None:
         """Each rank its pieces, rank 0 the rest. `pieces` may gather them one after another, so every rank goes through
         all of its own whatever happens to its disk."""
         temp = Path(_on_main(world, lambda: str(self._room(captured.final)), _NOT_WRITTEN))
-        part = Part(temp, world.rank, self._part_bytes)
+        part = Part(temp, world.rank)
         for piece in pieces:
-            part.add(piece.name, piece.tensors)
+            if piece is None:
+                part.flush()
+            else:
+                part.add(piece.name, piece.tensors)
         part.flush()
         written = world.gather_objects((part.error, part.files, part.index, captured.random))
         errors = [f"rank {rank}: {error}" for rank, (error, *_) in enumerate(written) if error]
@@ -263,13 +266,21 @@ def _shape_text(shape: Mapping[str, Any]) -> str:
     return f"{ranks} at ZeRO {shape['stage']} in {shape['precision']}"
 
 
-def _own_pieces(engine: Engine) -> Iterator[ParameterState]:
-    """The parameters that this rank writes, copied to host memory one after another. Every rank gathers them all."""
-    owners = deal(engine.shapes(), engine.world.size)
+def _own_pieces(engine: Engine, part_bytes: int) -> Iterator[ParameterState | None]:
+    """The parameters that this rank writes, copied to host memory one after another; None: the file is full.
+
+    Every rank gathers all parameters, and every rank's file is full at the same one: a rank that wrote alone would hold
+    up the next gathering, and one file after another would be written instead of all at once.
+    """
+    world, owners, size = engine.world, deal(engine.shapes(), engine.world.size), 0
     for name, tensors in engine.state():
-        if owners[name] == engine.world.rank:
+        if owners[name] == world.rank:
             copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
             yield ParameterState(name, copies)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        if size >= part_bytes * world.size:
+            size = 0
+            yield None
 
 
 def _read_parameters(path: Path, index: Mapping[str, Any], engine: Engine) -> Iterator[ParameterState]:

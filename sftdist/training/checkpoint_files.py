@@ -111,30 +111,27 @@ def describe(path: Path) -> CheckpointInfo:
 class Part:
     """What one rank writes. An error is kept for later: the other ranks count on this one in their collectives."""
 
-    def __init__(self, folder: Path, rank: int, limit: int) -> None:
+    def __init__(self, folder: Path, rank: int) -> None:
         self.error: str | None = None
         self.files: dict[str, dict[str, Any]] = {}
         self.index: dict[str, dict[str, Any]] = {}
-        self._folder, self._rank, self._limit = folder, rank, limit
+        self._folder, self._rank = folder, rank
         self._pending: dict[str, Tensor] = {}
-        self._size = 0
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take a parameter's tensors, in host memory; write them when there are enough for a file."""
+        """Take a parameter's tensors, in host memory, for the next file."""
         if self.error is not None:
             return
         self._pending |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
-        self._size += sum(tensor.nbytes for tensor in tensors.values())
         self.index[name] = {
             "file": self._file_name(),
             "shape": list(tensors["value"].shape),
             "dtype": "float32",
             "tensors": list(tensors),
         }
-        if self._size >= self._limit:
-            self.flush()
 
     def flush(self) -> None:
+        """Write what was taken as one file."""
         if not self._pending or self.error is not None:
             return
         name = self._file_name()
@@ -143,7 +140,7 @@ class Part:
             self.files[name] = write_tensors(self._pending, path)
         except (OSError, SafetensorError) as error:
             self.error = f"{path}: {error}"
-        self._pending, self._size = {}, 0
+        self._pending = {}
 
     def _file_name(self) -> str:
         return f"part-{self._rank:05d}-{len(self.files):02d}.safetensors"

@@ -22,3 +22,9 @@ def this_start() -> str | None:
     stat = Path(f"/proc/{agent}/stat")
     began = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "?"  # field 22 of proc(5)
     return f"{socket.gethostname()}/{agent}/{began}"
+
+
+def adopt_start(start: str | None) -> None:
+    """Call this start what rank 0 calls it: on other hosts other agents run, but any rank may report a failure."""
+    if start is not None:
+        os.environ[START_VARIABLE] = start

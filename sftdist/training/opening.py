@@ -14,6 +14,7 @@ from sftdist.core.distributed import is_worker, share_text
 from sftdist.core.errors import ConfigError, SftdistError, TrainingError
 from sftdist.core.lock import RunLock
 from sftdist.core.settings import TrainConfig
+from sftdist.core.start import adopt_start, this_start
 from sftdist.core.storage import disk_explained, read_json, write_json
 from sftdist.data.pipeline import Prepared
 
@@ -46,14 +47,15 @@ def open_run(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callable[
         answer = json.loads(share_text("opening", None, OPENING_SECONDS))
         if "error" in answer:
             raise SystemExit(agent.FAILED)  # rank 0 has printed it
-        return Opening(**answer)
+        adopt_start(answer["start"])
+        return Opening(**answer["opening"])
     try:
         with disk_explained(run_dir):
             opening = _open_alone(cfg, run_dir, stack, ready)
     except BaseException as error:
         share_text("opening", json.dumps({"error": str(error)}))
         raise
-    share_text("opening", json.dumps(asdict(opening)))
+    share_text("opening", json.dumps({"opening": asdict(opening), "start": this_start()}))
     return opening
 
 

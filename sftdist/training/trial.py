@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sftdist.core import memory
 from sftdist.core.distributed import World
 from sftdist.core.errors import StartupError
 from sftdist.core.grace import torchrun_grace
 from sftdist.core.settings import CheckpointSettings
-from sftdist.core.storage import sha256_file
 from sftdist.training.checkpoint import checkpoint_bytes
 from sftdist.training.checkpoint_files import steps_in
 from sftdist.training.engine import Engine
 from sftdist.training.startup import check_copy, check_disk, check_grace, ranks_of_this_host, together
+from sftdist.training.tensor_file import write_tensors
 
 TRIAL_BYTES = 2**24
 
@@ -77,10 +76,7 @@ def write_and_compare(path: Path, piece: dict[str, torch.Tensor]) -> float:
     """Seconds to write, flush and hash. Raises `StartupError` when the disk does not give back what was written."""
     try:
         started = time.perf_counter()
-        save_file(piece, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        sha256_file(path)
+        write_tensors(piece, path)
         seconds = time.perf_counter() - started
         read = load_file(path)
     except (OSError, SafetensorError) as error:

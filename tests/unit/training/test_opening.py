@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from sftdist.core import agent
 from sftdist.core.config import compose
+from sftdist.core.distributed import World
 from sftdist.core.errors import DataError
+from sftdist.core.start import START_VARIABLE, this_start
 from sftdist.data.pipeline import Prepared
 from sftdist.training.opening import NotRestarted, open_run
+from tests.ranks import run_ranks
 
 
 def never() -> Prepared:
@@ -44,3 +49,20 @@ def test_bad_data_stands_in_the_status_with_its_code(tmp_path: Path) -> None:
     status = agent.read_status(tmp_path)
     assert status is not None
     assert (status["state"], status["code"], status["reason"]) == ("failed", 3, "no row can be read")
+
+
+def nothing() -> Prepared:
+    return Prepared({}, {}, cast(Any, None), {})
+
+
+def start_on_its_own_host(world: World, folder: str) -> str | None:
+    os.environ[START_VARIABLE] = f"agent of host {world.rank}"
+    cfg = compose("full", ["model.path=x", "data.train=y"])
+    with ExitStack() as stack:
+        open_run(cfg, Path(folder), stack, nothing)
+    return this_start()
+
+
+def test_all_hosts_call_the_start_what_rank_0_calls_it(tmp_path: Path) -> None:
+    """Any rank may write the failure that rank 0 of a restarted group has to recognise as this start's."""
+    assert run_ranks(start_on_its_own_host, 2, str(tmp_path)) == ["agent of host 0"] * 2

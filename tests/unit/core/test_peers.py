@@ -101,7 +101,7 @@ def leaves_early(world: World) -> None:
     world.barrier()
     if world.rank == 1:
         sys.exit(0)
-    time.sleep(6)
+    time.sleep(11)
 
 
 def needs_the_store(world: World) -> None:
@@ -143,7 +143,7 @@ CASES = {
     "sleeps": Case(sleeps, hang=3),
     "one works while all wait": Case(one_works_while_all_wait, hang=2),
     "loads for long": Case(loads_for_long, hang=1),
-    "leaves early": Case(leaves_early, lost=3),
+    "leaves early": Case(leaves_early, lost=7),
     "the store dies": Case(needs_the_store, size=2, outside=kill_store),
     "the store is out of reach": Case(needs_the_store, size=2, lost=3, outside=freeze_store),
     "is suspended": Case(is_suspended, size=2, lost=3, hang=9, outside=suspend_ranks),

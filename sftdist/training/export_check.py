@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from sftdist.core.distributed import STOP_SIGNALS, die_with_parent
 from sftdist.core.errors import CheckpointError
@@ -121,6 +122,7 @@ def check_prompt(folder: Path, probe: Probe) -> None:
 def main(arguments: Sequence[str], load: Callable[[Path], nn.Module] = load_strictly) -> int:
     """The exit code; the figures or the reason are printed."""
     die_with_parent()
+    logging.disable_progress_bar()
     for number in STOP_SIGNALS:  # a cluster signals every process of a job; the parent decides when this one ends
         signal.signal(number, signal.SIG_IGN)
     folder, *probe = map(Path, arguments)

@@ -17,7 +17,10 @@ from sftdist.core.distributed import session
 
 # A fork of a process that has run torch's thread pool can hang; the fork server imports and computes nothing.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "transformers", "deepspeed", "sftdist.train"])
+# The last one is imported by every ZeRO engine, and the compiler with it: more time than a test's own work.
+context.set_forkserver_preload(
+    ["torch", "transformers", "deepspeed", "sftdist.train", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 class RankError(AssertionError):

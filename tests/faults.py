@@ -29,6 +29,17 @@ def no_fault(rank: int, pipe: Connection) -> None:
     """A sound rank."""
 
 
+class Faults:
+    """Several faults at once."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self._faults = faults
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        for fault in self._faults:
+            fault(rank, pipe)
+
+
 class Job:
     """`sftdist.train` on ranks of its own, as torchrun starts them; all of them are gone when the block ends."""
 

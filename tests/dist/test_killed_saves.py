@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sftdist.training import checkpoint
 from sftdist.training.checkpoint_files import checkpoints_in, verify
 from tests.e2e.jobs import TRAIN, Running
 from tests.e2e.workshop import status
-from tests.faults import Contents, Job, contents
+from tests.faults import Contents, Fault, Faults, Job, contents, no_fault
 from tests.held import Hold
 from tests.saving import RANKS, Shape, Whole, assert_equal_runs, assert_no_litter, go_on_to_the_end, whole_run
 
@@ -49,10 +53,11 @@ def end_well(home: Path, shape: Shape, run_dir: Path, newest: int, whole: Whole)
     assert_no_litter(run_dir)
 
 
-def killed_start(home: Path, shape: Shape, run_dir: Path, newest: int, kill: Kill) -> int:
-    """Start, kill, and look at what is left; the newest checkpoint."""
+def killed_start(home: Path, shape: Shape, run_dir: Path, newest: int, kill: Kill, fault: Fault = no_fault) -> int:
+    """Start (with one more fault), kill, and look at what is left; the newest checkpoint."""
     step = newest + 2
-    with Job(RANKS, shape.overrides(run_dir), home, Hold(run_dir, step, kill.rank, kill.number)) as job:
+    faults = Faults(fault, Hold(run_dir, step, kill.rank, kill.number))
+    with Job(RANKS, shape.overrides(run_dir), home, faults) as job:
         assert job.hear(0, "resumed") == newest
         before = job.hear(0, "begin")
         if kill.number is None:
@@ -62,7 +67,8 @@ def killed_start(home: Path, shape: Shape, run_dir: Path, newest: int, kill: Kil
         job.kill()
     left = checkpoints_in(run_dir / "checkpoints")
     assert left, "no checkpoint is left"
-    assert all(verify(info.path) == [] for info in left)
+    problems = [problem for info in left for problem in verify(info.path)]
+    assert not problems, problems
     assert left[-1].step in (step - 1, step) or (shape.background and left[-1].step > step)
     assert verify(run_dir / (run_dir / "LATEST").read_text().strip()) == []
     assert_nothing_else_moved(before, contents(run_dir), step, run_dir)
@@ -96,6 +102,35 @@ def test_killed_ten_times_in_a_save(home: Path, shape: Shape, whole: Whole) -> N
     background = replace(shape, background=True)
     newest = kill_in_turn(home, background, home / "cut", random_kills(whole, 4, seed=1), newest)
     end_well(home, background, home / "cut", newest, whole)
+
+
+def too_early(rank: int, pipe: Connection) -> None:
+    """A wrong save: `LATEST` names the directory before it has that name."""
+    commit = checkpoint.commit_directory
+
+    def early(temp: Path, final: Path, *more: Any, **named: Any) -> bool:
+        (final.parents[1] / "LATEST").write_text(f"{final.parent.name}/{final.name}\n")
+        return commit(temp, final, *more, **named)
+
+    checkpoint.commit_directory = early
+
+
+def by_its_name(rank: int, pipe: Connection) -> None:
+    """A wrong pruning: file by file, while the directory has its name."""
+    checkpoint.remove_path = shutil.rmtree
+
+
+@pytest.mark.parametrize(
+    ("careless", "behind", "more"), [(too_early, "rename checkpoints/step$", 0), (by_its_name, "rename LATEST", 5)]
+)
+def test_a_careless_save_is_seen(
+    home: Path, shape: Shape, whole: Whole, careless: Fault, behind: str, more: int
+) -> None:
+    """What these tests look at tells such saves from ours: a kill in the right moment leaves something broken."""
+    shape = replace(shape, more=("checkpoint.keep_last=1",))
+    kill = Kill(0, whole.numbers(0, behind)[0] + more)
+    with pytest.raises(AssertionError, match=r"manifest|missing"):
+        killed_start(home, shape, home / careless.__name__, 0, kill, careless)
 
 
 @pytest.mark.long

@@ -263,7 +263,6 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
         tracker.report({"kind": "train", **meter.line(facts(state, done, world))})
 
     def save(state: TrainState) -> None:
-        world.progress.note("saving a checkpoint")
         tracker.sync()
         checkpoints.save(engine, {"run": asdict(state), "data": loader.state()}, state.step)
         job.status(agent.FAILED, "training", state.step)

@@ -274,6 +274,7 @@ def _own_pieces(engine: Engine, part_bytes: int) -> Iterator[ParameterState | No
     """
     world, owners, size = engine.world, deal(engine.shapes(), engine.world.size), 0
     for name, tensors in engine.state():
+        world.progress.note("saving a checkpoint")
         if owners[name] == world.rank:
             copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
             yield ParameterState(name, copies)

@@ -15,7 +15,7 @@ from sftdist.core.errors import ConfigError, SftdistError, TrainingError
 from sftdist.core.lock import RunLock
 from sftdist.core.settings import TrainConfig
 from sftdist.core.start import adopt_start, this_start
-from sftdist.core.storage import disk_explained, read_json, write_json
+from sftdist.core.storage import disk_explained, read_json, remove_temporaries, write_json
 from sftdist.data.pipeline import Prepared
 
 DATA_FILE = "data.json"
@@ -65,6 +65,7 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         ended = f"{refused['state']}: {refused['reason']}"
         raise NotRestarted(f"not started again by torchrun, since another try would end the same way: {ended}")
     stack.enter_context(RunLock(run_dir))
+    remove_temporaries(run_dir, "*.json")  # of a start that was killed
     try:
         refuse_other_config(cfg, run_dir)
         prepared = ready()

@@ -86,7 +86,7 @@ def assert_nothing_else_moved(before: Contents, after: Contents, step: int, run_
             grown = name.endswith(".jsonl") and contents(run_dir, limits={name: size})[name] == (size, digest)
             assert grown or (name == "status.json" and status(run_dir)["state"] == "running"), name
         elif folder is None:
-            assert re.fullmatch(r"\.LATEST\.\w+\.tmp", name), name
+            assert re.fullmatch(r"\.(LATEST|status\.json)\.\w+\.tmp", name), name
         elif name in before:
             assert not (run_dir / "checkpoints" / folder[1]).exists(), name
         else:

@@ -277,7 +277,9 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
 
     spec = LoopSpec(job.steps, rate, save_every=cfg.checkpoint.every_steps, eval_every=cfg.eval.every_steps)
     job.status(agent.FAILED, "training", state.step)
-    missed = evaluation_is_due(spec, state) and not world.broadcast_object(evaluated(job.run_dir, state.step))
+    # Rank 0 alone reads the file that it has just cut: another rank would map what is being cut off.
+    known = world.broadcast_object(world.is_main and evaluated(job.run_dir, state.step))
+    missed = evaluation_is_due(spec, state) and not known
     if missed and not evaluate(state):  # the run ended between a checkpoint and its evaluation, and again there
         return state, True
     calls = Calls(lambda: Flags(job.stop.requested, checkpoints.failed), begin, track, save, checkpoints.wait, evaluate)

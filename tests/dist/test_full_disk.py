@@ -134,6 +134,7 @@ class LimitFiles:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
 
+@pytest.mark.long
 def test_one_rank_whose_files_cannot_grow(home: Path, shape: Shape, whole: Whole) -> None:
     """Where no file system can be mounted, this still runs; and the other rank's disk is sound."""
     run_dir = home / "limited"

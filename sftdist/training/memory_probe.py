@@ -22,7 +22,7 @@ from sftdist.training.meter import memory_gib
 from sftdist.training.startup import LocalFailure, advice, check_gradients, compare_memory, ranks_of_this_host
 
 CANDIDATES = 2048  # conversations per source looked at for the costliest pack
-SMALLER = 0.8  # of the predicted memory: what overrides aim at after the prediction has proved too low
+SMALLER = 0.8  # of what was predicted: what overrides aim at after the prediction has proved too low
 
 
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:
@@ -33,7 +33,8 @@ def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained
     setup = memory_setup(cfg, stage=cfg.zero.stage, world=world.size, trainable=trainable)
     mapping = trained.config.to_dict()
     available = available_bytes(world)
-    predicted = cost.total(cost.memory(mapping, setup))
+    parts = cost.memory(mapping, setup)
+    predicted = cost.total(parts)
     fixes = partial(cost.cheapest_overrides, mapping, setup, max_len=cfg.data.max_len, lora_r=cfg.tune.r)
     module = trained.engine.module
     reason = None
@@ -45,7 +46,7 @@ def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained
                 raise
             reason = str(error).strip().split("\n")[0]
     if reason is not None:  # outside of the handler: the error held on to every tensor of the failed pass
-        aim = min(available, SMALLER * predicted)
+        aim = min(available, cost.total({part: SMALLER * size for part, size in parts.items()}))
         raise LocalFailure(
             f"memory: rank {world.rank} cannot hold the costliest pack of {len(batch.ids):,} tokens ({reason}); "
             f"{available / cost.GIB:.1f} GiB are there, {predicted / cost.GIB:.1f} GiB were predicted. "

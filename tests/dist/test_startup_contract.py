@@ -323,14 +323,14 @@ def test_each_check_fires_on_every_rank_and_says_what_to_change(home: Path) -> N
 
 
 def little_memory(rank: int, pipe: Any) -> None:
-    """A fault: rank 1 may take 200 MiB more when its memory check begins, and no byte beyond."""
+    """A fault: rank 1 may take 64 MiB more when its memory check begins, and no byte beyond."""
     original = memory_probe.probe_figures
 
     def probe_figures(*given: Any) -> str:
         pipe.send(("probes", time.monotonic()))
         if rank == 1:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + 200 * 2**20
+            limit = pages * resource.getpagesize() + 64 * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return original(*given)
 
@@ -339,7 +339,7 @@ def little_memory(rank: int, pipe: Any) -> None:
 
 def test_a_rank_out_of_memory_ends_all_with_the_overrides_that_would_fit(home: Path) -> None:
     """Rank 0 is in the reduction of its gradients by then; nobody answers it."""
-    model_folder(home / "wide", "llama", hidden_size=512, intermediate_size=2048)
+    model_folder(home / "wide", "llama", hidden_size=256, intermediate_size=1024)
     keys = ["+exp=full", *KEYS, "model.path=wide", "data.max_len=1024", "train.pack_tokens=8192", "zero.stage=2"]
     keys = [key for key in keys if key not in ("model.path=model", "data.max_len=256", "run.dir=run")]
     with Job(2, [*keys, "precision=fp32", "run.dir=run-small"], home, little_memory) as job:
@@ -446,11 +446,11 @@ def cases(*stages: int) -> list[tuple[str, str]]:
 
 
 def test_the_contract_leaves_no_trace(home: Path) -> None:
-    for rank in run_ranks(traces, 2, home, cases(3)):
+    for rank in run_ranks(traces, 2, home, cases(3)[1:]):
         assert not any(rank)
 
 
 @pytest.mark.long
 def test_the_contract_leaves_no_trace_at_any_stage(home: Path) -> None:
-    for rank in run_ranks(traces, 2, home, cases(0, 1, 2)):
+    for rank in run_ranks(traces, 2, home, cases(0, 1, 2, 3)):
         assert not any(rank)

@@ -19,7 +19,7 @@ from sftdist import train
 from sftdist.training.tracking import Tracker
 from sftdist.training.wandb_sink import STEP
 from tests.e2e.workshop import SMALL, evaluations, metrics, model_folder, status, write_rows
-from tests.faults import Fault, Job, train_to_the_end
+from tests.faults import Job
 from tests.wandb_runs import history, of_kind, read, runs_of, silent_server, within
 
 EXACT = ("step", "loss", "grad_norm", "lr", "rows")
@@ -38,6 +38,15 @@ KEYS = [
 ]
 
 
+@dataclass(frozen=True)
+class Loop:
+    """How long the loop took, and the program after it."""
+
+    seconds: float
+    end: float
+    screen: str
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
@@ -46,13 +55,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Loop:
+    """The run that nothing has cut, without W&B."""
+    return looped(home, "whole", "disabled", Watched({}))
+
+
 def keys(run: str, wandb: str) -> list[str]:
     return [*KEYS, f"run.dir={run}", f"tracking.wandb={wandb}"]
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A fault: this environment, and a short wait at the end; tells how long the loop took and which process W&B is."""
+    """A fault: this environment, and a short wait at the end; tells how long the loop took and which process W&B is.
+    Nothing is exported: W&B does not know of it, and it takes the longest."""
 
     environment: Mapping[str, str]
     close_seconds: float = 2.0
@@ -74,6 +90,7 @@ class Watched:
 
         train.run_loop = run_loop  # type: ignore[assignment]
         train.open_wandb = open_wandb
+        train.export_model = lambda engine, template, folder, *more, **options: folder  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -96,48 +113,45 @@ class SignalAfter(Watched):
         Tracker.report = then_signal  # type: ignore[method-assign,assignment]
 
 
-def looped(home: Path, run: str, wandb: str, fault: Fault) -> tuple[float, float, str]:
-    """Seconds in the loop, seconds from its end to the end of the program, and what was printed."""
+def looped(home: Path, run: str, wandb: str, fault: Watched) -> Loop:
     with Job(1, keys(run, wandb), home, fault) as job:
         seconds = job.hear(0, "looped", 120)
         ended = time.monotonic()
         assert job.codes() == [0], job.screen()
-        return seconds, time.monotonic() - ended, job.screen()
+        return Loop(seconds, time.monotonic() - ended, job.screen())
 
 
-def unaffected(home: Path, run: str, environment: Mapping[str, str], wandb: str = "online") -> str:
-    """Train with and without this W&B: the same figures, the same time, a bounded end; what was printed about W&B."""
-    plain, plain_end, _ = looped(home, f"{run}-without", "disabled", Watched({}))
-    seconds, end, screen = looped(home, run, wandb, Watched(environment))
-    assert seconds < 3 * plain + 5, "the loop waited for W&B"
-    assert end < 3 * plain_end + 5, "the end waited for W&B"
-    assert metrics(home / run, *EXACT) == metrics(home / f"{run}-without", *EXACT)
+def unaffected(home: Path, whole: Loop, run: str, environment: Mapping[str, str], wandb: str = "online") -> str:
+    """Train with this W&B: the figures and the time of a run without, a bounded end; what was printed about W&B."""
+    loop = looped(home, run, wandb, Watched(environment))
+    assert loop.seconds < 3 * whole.seconds + 5, "the loop waited for W&B"
+    assert loop.end < 3 * whole.end + 5, "the end waited for W&B"
+    assert metrics(home / run, *EXACT) == metrics(home / "whole", *EXACT)
     assert [step for (step,) in metrics(home / run, "step")] == list(range(1, 13))
     assert status(home / run)["state"] == "done"
-    (said,) = [line for line in screen.splitlines() if "W&B" in line]
+    (said,) = [line for line in loop.screen.splitlines() if "W&B" in line]
     return said
 
 
-def test_a_server_that_never_answers_costs_one_line(home: Path) -> None:
+def test_a_server_that_never_answers_costs_one_line(home: Path, whole: Loop) -> None:
     with silent_server() as (url, connections):
-        said = unaffected(home, "silent", {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40})
+        said = unaffected(home, whole, "silent", {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40})
         assert connections, "W&B did try"
     assert "did not finish in 2 s and was stopped; metrics.jsonl has every figure" in said
 
 
 @pytest.mark.long
-def test_a_wandb_that_raises_or_cannot_connect_costs_one_line(home: Path, tmp_path: Path) -> None:
+def test_a_wandb_that_raises_or_cannot_connect_costs_one_line(home: Path, whole: Loop, tmp_path: Path) -> None:
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "__init__.py").write_text("raise ImportError('protobuf is too old')\n")
     path = f"{tmp_path}:{Path(__file__).parents[2]}"
-    assert "protobuf is too old" in unaffected(home, "broken", {"PYTHONPATH": path}, "offline")
+    assert "protobuf is too old" in unaffected(home, whole, "broken", {"PYTHONPATH": path}, "offline")
     nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    assert "did not finish in 2 s" in unaffected(home, "refused", nobody)
+    assert "did not finish in 2 s" in unaffected(home, whole, "refused", nobody)
 
 
-def test_killed_preempted_and_finished_are_one_run_with_one_curve(home: Path) -> None:
+def test_killed_preempted_and_finished_are_one_run_with_one_curve(home: Path, whole: Loop) -> None:
     """SIGKILL after step 5 (saved: 3), so that steps 4 and 5 are made again; SIGTERM before step 7; then to the end."""
-    train_to_the_end(1, keys("whole", "disabled"), home)
     faults: list[tuple[SignalAfter, int]] = [
         (SignalAfter({}, step=5), -signal.SIGKILL),
         (SignalAfter({}, step=6, number=signal.SIGTERM), 0),

@@ -26,7 +26,7 @@ def save_on_a_slow_disk(world: World, folder: Path) -> tuple[int, float]:
             written.append(path)
         return original(tensors, path, *more)
 
-    checkpoint_files.write_tensors = slow
+    checkpoint_files.write_tensors = slow  # type: ignore[assignment]
     engine = make_engine(Case(2, optimizer=ADAMW, changes={"num_hidden_layers": 8}), world)
     train_step(engine, world, packs_of(0, 6), 1e-3)
     checkpoints = Checkpoints(folder / "checkpoints", Keep(), part_bytes=checkpoint_bytes(engine) // world.size // 8)

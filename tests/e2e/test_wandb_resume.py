@@ -90,7 +90,7 @@ class Watched:
 
         train.run_loop = run_loop  # type: ignore[assignment]
         train.open_wandb = open_wandb
-        train.export_model = lambda engine, template, folder, *more, **options: folder  # type: ignore[assignment]
+        train.export_model = lambda engine, template, folder, *more, **options: folder
 
 
 @dataclass(frozen=True)

@@ -161,12 +161,17 @@ def _remove(path: Path) -> None:
 
 
 def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """Write `folder/manifest.json` over every file below; `known` holds entries that need no second reading."""
+    """Write `folder/manifest.json` over every file below; `known` holds entries that need no second reading.
+
+    A known file is in it even where a network file system does not list yet what another host has made. Raises OSError
+    where one is not there.
+    """
     known = known or {}
     entries = {}
-    for name in _file_names(folder):
+    for name in sorted({*_file_names(folder), *known}):
         file = folder / name
-        entries[name] = dict(known.get(name) or {"bytes": file.stat().st_size, "sha256": sha256_file(file)})
+        size = file.stat().st_size
+        entries[name] = dict(known.get(name) or {"bytes": size, "sha256": sha256_file(file)})
     manifest = {"format": FORMAT, "files": entries}
     write_json(folder / MANIFEST, manifest)
     return manifest

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from sftdist.core import ledger
+from sftdist.core import ledger, storage
 from sftdist.core.storage import (
     append_jsonl,
     publish_directory,
     read_json,
     read_jsonl,
+    read_manifest,
     remove_path,
     remove_temporaries,
     sha256_file,
     sha256_json,
     verify_directory,
     write_json,
+    write_manifest,
 )
 
 
@@ -72,6 +74,21 @@ def test_every_changed_byte_of_a_manifest_is_named(tmp_path: Path) -> None:
             assert any("manifest.json" in problem for problem in verify_directory(final)), (place, byte, other)
     manifest.write_bytes(content)
     assert verify_directory(final) == []
+
+
+def test_a_known_file_is_in_the_manifest_though_it_is_not_listed_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory's entries on a network file system may be those of a moment ago."""
+    (tmp_path / "mine").write_bytes(b"1")
+    (tmp_path / "theirs").write_bytes(b"22")
+    entry = {"bytes": 2, "sha256": sha256_file(tmp_path / "theirs")}
+    monkeypatch.setattr(storage, "_file_names", lambda folder: ["mine"])
+    write_manifest(tmp_path, {"theirs": entry})
+    assert read_manifest(tmp_path)["theirs"] == entry
+    (tmp_path / "theirs").unlink()
+    with pytest.raises(FileNotFoundError, match="theirs"):
+        write_manifest(tmp_path, {"theirs": entry})
 
 
 @pytest.mark.parametrize("manifest", [None, "{", '{"format": 2, "files": {}}', '{"files": {}}', "[]"])

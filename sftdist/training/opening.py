@@ -65,7 +65,8 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         ended = f"{refused['state']}: {refused['reason']}"
         raise NotRestarted(f"not started again by torchrun, since another try would end the same way: {ended}")
     stack.enter_context(RunLock(run_dir))
-    remove_temporaries(run_dir, "*.json")  # of a start that was killed
+    for name in ("*.json", "export"):  # of a start that was killed, on whatever host
+        remove_temporaries(run_dir, name)
     try:
         refuse_other_config(cfg, run_dir)
         prepared = ready()

@@ -55,6 +55,18 @@ def nothing() -> Prepared:
     return Prepared({}, {}, cast(Any, None), {})
 
 
+def test_what_a_start_killed_on_another_host_left_is_removed(tmp_path: Path) -> None:
+    """Half an export is as large as a model; that of a checkpoint is another command's, which may be at work."""
+    other = tmp_path / ".export-step-00000002.@else@1@abcdef01.tmp"
+    for folder in (tmp_path / ".export.@else@1@abcdef01.tmp", other):
+        folder.mkdir()
+        (folder / "part-0").touch()
+    (tmp_path / ".status.json.abcdef01.tmp").touch()
+    with ExitStack() as stack:
+        open_run(compose("full", ["model.path=x", "data.train=y"]), tmp_path, stack, nothing)
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == [other]
+
+
 def start_on_its_own_host(world: World, folder: str) -> str | None:
     os.environ[START_VARIABLE] = f"agent of host {world.rank}"
     cfg = compose("full", ["model.path=x", "data.train=y"])

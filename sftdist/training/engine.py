@@ -28,6 +28,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -83,6 +84,7 @@ class Partitioned:
         _join_deepspeed()
         self._loss_scale = 1.0
         self._linked = False
+        self._rank = world.rank
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # DeepSpeed makes its masters from the weights it has cast, so the float32 values are kept for them.
         exact = {name: (_part(p), _is_partitioned(p)) for name, p in self._weights.items()}
@@ -102,7 +104,7 @@ class Partitioned:
                 config=deepspeed_config(spec, world.size),
             )
         for name, (value, is_part) in exact.items():
-            set_master = safe_set_local_fp32_param if is_part else safe_set_full_fp32_param
+            set_master = safe_set_local_fp32_param if is_part else self._set_master
             set_master(self._weights[name], value.to(world.device, torch.float32))
 
     @property
@@ -155,12 +157,30 @@ class Partitioned:
     def set_value(self, name: str, value: Tensor) -> None:
         """Set the master, and the weight that the forward uses; `value` is the same on every rank."""
         parameter = self._weights[name]
-        safe_set_full_fp32_param(parameter, value)
+        self._set_master(parameter, value)
         with gathered(parameter, modifier=0):
             parameter.data.copy_(value)
 
     def set_moment(self, name: str, key: str, value: Tensor) -> None:
-        safe_set_full_optimizer_state(self._weights[name], value, key)
+        parameter = self._weights[name]
+        if _is_partitioned(parameter):
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if _is_partitioned(parameter):
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value)
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What this rank holds of a full value under ZeRO 3: parts of the same size, the last one filled up with zeros.
+        DeepSpeed 0.19's own setter of full values fails where the ranks do not divide a parameter."""
+        part = torch.zeros_like(_part(parameter), dtype=torch.float32)
+        mine = value.flatten()[self._rank * part.numel() :][: part.numel()]
+        part[: len(mine)] = mine
+        return part
 
     def optimizer_states(self) -> Iterator[dict[str, Any]]:
         return iter(self._engine.basic_optimizer.state.values())

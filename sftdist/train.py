@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,15 @@ from transformers.utils import logging
 
 from sftdist.assets import quickstart
 from sftdist.core import agent, config, snapshot
-from sftdist.core.distributed import StopSignal, World, die_with_parent, is_worker, session
-from sftdist.core.errors import TrainingError
+from sftdist.core.distributed import (
+    StopSignal,
+    World,
+    die_with_parent,
+    ignore_stop_signals,
+    is_worker,
+    session,
+)
+from sftdist.core.errors import CheckpointError, TrainingError
 from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import disk_explained, read_json, write_json
@@ -90,10 +97,11 @@ def start(cfg: TrainConfig) -> int:
         print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
     run_dir = Path(str(cfg.run.dir))
-    refuse_other_config(cfg, run_dir)
-    refuse_other_data(run_dir, ready_data(cfg))  # bad data ends here, before any rank exists
-    if finished_before(run_dir) is not None:
-        return agent.DONE
+    with agent.stoppable():
+        refuse_other_config(cfg, run_dir)
+        refuse_other_data(run_dir, ready_data(cfg))  # bad data ends here, before any rank exists
+        if finished_before(run_dir) is not None:
+            return agent.DONE
     nproc, grace_seconds = agent.ranks_here(cfg.launch.nproc), cfg.checkpoint.grace_seconds
     return agent.launch(MODULE, sys.argv[1:], nproc, run_dir, grace_seconds, cfg.launch.max_restarts)
 
@@ -106,6 +114,7 @@ def run_rank(cfg: TrainConfig) -> int:
             print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
     run(cfg)
+    ignore_stop_signals()  # a cluster may repeat them, and this rank's work is done
     return agent.DONE
 
 
@@ -223,18 +232,22 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
     job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps, say)
     if job.any_stop_requested():  # nothing is lost: the last checkpoint is the newest there can be
-        return finish(job, state, stopped=True)
+        return finish(job, state, None)
     loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
     tracker = tracker_of(cfg, run_dir, state.step, totals.steps, say) if world.is_main else Tracker()
-    outcome = "failed"
     try:
         state, stopped = run_loop(job, loader, tracker, state)
         # The export can wait for the next start.
-        result = finish(job, state, stopped=stopped or job.any_stop_requested())
-        outcome = result.state
+        export = None if stopped or job.any_stop_requested() else export_of(job, state)
+        tracker.sync()  # what can fail, fails before the run is called done
+        result = finish(job, state, export)
+    except BaseException:
+        with suppress(OSError):  # the disk may be what has failed
+            tracker.close("failed")
+        raise
     finally:
         loader.close()
-        tracker.close(outcome)
+    tracker.close(result.state)
     return result
 
 
@@ -285,8 +298,11 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
     calls = Calls(lambda: Flags(job.stop.requested, checkpoints.failed), begin, track, save, checkpoints.wait, evaluate)
     try:
         state, stopped = run_steps(engine, loader, world, spec, state, calls)
-    except TrainingError:  # raised by every rank at the same step: the save under way can end
-        checkpoints.wait()
+    except TrainingError as error:  # raised by every rank at the same step: the save under way can end
+        try:
+            checkpoints.wait()
+        except CheckpointError as failed:  # another try would still end in the same step
+            raise TrainingError(f"{error} And a save has failed: {failed}") from error
         raise
     checkpoints.wait()
     return state, stopped
@@ -381,15 +397,17 @@ def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Call
     return tracker.followed_by(open_console(steps, first_step=step), *followers)
 
 
-def finish(job: Job, state: TrainState, *, stopped: bool) -> TrainResult:
-    """Export a finished run, or leave a preempted one for the next start; say which in `status.json`."""
-    export = None
-    if not stopped:
-        job.status(agent.PREEMPTED, "exporting", state.step)
-        settings = job.cfg.export
-        spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge)
-        engine, template, folder = job.trained.engine, job.corpus.template, job.run_dir / "export"
-        export = export_model(engine, template, folder, spec, stopped=job.stop_requested, say=job.say)
+def export_of(job: Job, state: TrainState) -> Path | None:
+    """The verified model of a run that has taken its last step; None where a rank was asked to stop meanwhile."""
+    job.status(agent.PREEMPTED, "exporting", state.step)
+    settings = job.cfg.export
+    spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge)
+    engine, template, folder = job.trained.engine, job.corpus.template, job.run_dir / "export"
+    return export_model(engine, template, folder, spec, stopped=job.stop_requested, say=job.say)
+
+
+def finish(job: Job, state: TrainState, export: Path | None) -> TrainResult:
+    """Say in `status.json`, the ledger and on the screen how the run ended: without an export it was stopped."""
     name = "preempted" if export is None else "done"
     if job.world.is_main:
         code = agent.PREEMPTED if export is None else agent.DONE

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sftdist.core.errors import ConfigError, StartupError
+from sftdist.core.errors import ConfigError
 from sftdist.core.failure import Failure, failure_of, print_failure
+from sftdist.core.generation import Generation, no_word
 from sftdist.core.peers import Patience, PeerError, Peers, Rank
 from sftdist.core.progress import Progress
 
@@ -114,7 +115,7 @@ def is_worker() -> bool:
 
 
 def restart_count() -> int:
-    """How often torchrun has restarted this worker group."""
+    """How often this host's torchrun has started its workers again after a failure: other hosts may count differently."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -132,21 +133,19 @@ def share_text(key: str, text: str | None, timeout_seconds: float = 300.0) -> st
     """Rank 0's text on every rank, through the rendezvous store: it needs no process group.
 
     Every rank calls it the same number of times per key. Rank 0 gives the text, the others None.
-    Raises StartupError on a rank that waited `timeout_seconds` for it.
+    Raises StartupError on a rank that waited `timeout_seconds` for it, and on rank 0 where another rank did not start.
     """
     if not is_worker():
         return _given(key, text)
-    store, name = _store(), f"sftdist/{restart_count()}/text/{key}/{_next_use(key)}"
+    store = _store()
+    name = f"{_prefix(timeout_seconds, repr(key))}/text/{key}/{_next_use(key)}"
     if int(os.environ["RANK"]) == 0:
         store.set(name, _given(key, text))
         return _given(key, text)
     try:
         store.wait([name], timedelta(seconds=timeout_seconds))
     except dist.DistError as error:
-        raise StartupError(
-            f"rank {os.environ['RANK']} waited {timeout_seconds:.0f} s for {key!r} from rank 0 and got nothing. "
-            "Rank 0 has stopped or is slow to start: its own log says why."
-        ) from error
+        raise no_word(int(os.environ["RANK"]), timeout_seconds, repr(key)) from error
     return store.get(name).decode("utf-8")
 
 
@@ -262,6 +261,13 @@ class StopSignal:
             os._exit(130)
 
 
+def ignore_stop_signals() -> None:
+    """For a process that has done its work and is about to end with 0."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def stops_at_once(seen: Counter[int], number: int) -> bool:
     """True where `number`, after the signals `seen` so far, means "now" instead of "after this step"."""
     return seen[signal.SIGINT] > 0 and number in (signal.SIGINT, signal.SIGTERM)
@@ -276,6 +282,16 @@ _session_number = itertools.count()
 def _store() -> dist.Store:
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_SECONDS))))
     return store
+
+
+@functools.cache
+def _generation() -> Generation:
+    return Generation(_store(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def _prefix(timeout_seconds: float, awaited: str) -> str:
+    """Of every key in the rendezvous store, where those of earlier starts of the worker group still are."""
+    return f"sftdist/{_generation().number(timeout_seconds, awaited)}"
 
 
 def _next_use(key: str) -> int:
@@ -304,10 +320,12 @@ def _device(local_rank: int) -> torch.device:
 
 def _init_process_group(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = _store() if is_worker() else dist.HashStore()
+    store: dist.Store = dist.HashStore()
+    if is_worker():
+        store = dist.PrefixStore(f"{_prefix(timeout.total_seconds(), 'the start')}/group", _store())
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"sftdist/{restart_count()}/group", store),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=timeout,
@@ -320,7 +338,7 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: tim
 def _peers(world: World, patience: Patience, report: Callable[[Failure], None]) -> Peers:
     """Join the failure watch, over store connections of its own."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    prefix = f"sftdist/{restart_count()}/session/{next(_session_number)}"
+    prefix = f"{_prefix(TIMEOUT_SECONDS, 'the start')}/session/{next(_session_number)}"
 
     def connect() -> dist.Store:
         store = dist.TCPStore(host, port, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False)

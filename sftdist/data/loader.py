@@ -21,6 +21,7 @@ from sftdist.data.plan import Plan
 from sftdist.data.steps import LoaderState, Pack, StepPlan
 
 IGNORED = -100
+CLOSE_SECONDS = 5.0
 COUNT_TOLERANCE = 1e-4  # relative: float32 token weights against the float64 sums of the plan
 
 
@@ -276,9 +277,10 @@ class Loader:
         return self._position.to_json()
 
     def close(self) -> None:
-        """Stop the thread; steps that were assembled ahead are dropped."""
+        """Stop the thread; steps that were assembled ahead are dropped. One that a file system holds up is left to end
+        with the process: nobody waits for it."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self

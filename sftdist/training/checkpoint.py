@@ -51,10 +51,12 @@ from sftdist.training.retention import Keep, to_prune
 from sftdist.training.tensor_file import write_tensors
 
 LATEST = "LATEST"
+PASSED_OVER = ".passed-over"  # at the end of a directory's name: no checkpoint to resume from
 _NOT_WRITTEN = (
     "the checkpoint could not be written: {}. Earlier checkpoints are untouched; make room or correct the permissions, "
     "then run the same command again."
 )
+_POLL_SECONDS = 0.02
 _NOT_READ = "the checkpoints cannot be read: {}. Correct the permissions or the disk, then run the same command again."
 
 
@@ -90,6 +92,7 @@ class Checkpoints:
         self._background = background
         self._part_bytes = part_bytes
         self._under_way: Future[None] | None = None
+        self._files_written = 0
 
     def save(self, engine: Engine, state: Mapping[str, Any], step: int) -> Path:
         """Write a checkpoint of `engine` and of `state` (JSON values of the caller); returns its directory.
@@ -117,8 +120,15 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the save under way, if any, is published. Raises CheckpointError on every rank if it failed."""
         save, self._under_way = self._under_way, None
-        if save is not None:
-            save.result()
+        if save is None or self._background is None:
+            return
+        seen = -1
+        while not save.done():
+            if seen != self._files_written:  # file by file: a long write is no standstill, one that hangs is
+                seen = self._files_written
+                self._background.progress.note("waiting for the save in the background")
+            time.sleep(_POLL_SECONDS)
+        save.result()
 
     def load_latest(self, engine: Engine, say: Callable[[str], None] = print) -> dict[str, Any] | None:
         """Put the newest checkpoint that verifies into `engine`; returns the state given to `save`, or None where
@@ -142,14 +152,20 @@ class Checkpoints:
         if found:
             raise CheckpointError(
                 f"none of the {len(steps)} checkpoints in {self._folder} verifies: {'; '.join(found[:5])}. Restore one "
-                "from a copy, or remove the directory to begin again."
+                "from a copy, or remove the directory and LATEST beside it to begin again."
             )
         return None
 
     def _steps(self) -> list[int]:
         """The newest first; what an earlier start left unfinished is removed."""
         self._sweep()
-        return sorted(steps_in(self._folder), reverse=True)
+        steps, latest = sorted(steps_in(self._folder), reverse=True), self._folder.parent / LATEST
+        if not steps and latest.exists():
+            raise OSError(
+                f"{latest} names {latest.read_text(encoding='utf-8', errors='replace').strip()}, but {self._folder} "
+                "holds no checkpoint (is its disk mounted?); to begin again, remove LATEST"
+            )
+        return steps
 
     def _sweep(self) -> None:
         """The run directory is locked, and no save is under way: every temporary name is one that nobody needs."""
@@ -176,6 +192,7 @@ class Checkpoints:
         for piece in pieces:
             if piece is None:
                 part.flush()
+                self._files_written += 1
             else:
                 part.add(piece.name, piece.tensors)
         part.flush()
@@ -200,15 +217,27 @@ class Checkpoints:
         return temporary_directory(final)
 
     def _publish(self, temp: Path, final: Path, written: Sequence[Mapping[str, Any]]) -> None:
-        """Rename, then `LATEST`, then prune. A directory of the same step is one that did not verify: it goes."""
+        """Rename, then `LATEST`, then prune. A directory of the same step is one that did not verify: it goes.
+
+        One of a later step did not verify when the run resumed. It may have been the disk's fault of a moment, so it is
+        set aside under another name until the run is as far again.
+        """
         known = {name: entry for files in written for name, entry in files.items()}
         write_manifest(temp, known)
         if final.exists():
             remove_path(final)
         commit_directory(temp, final, flushed=known)
         write_text(self._folder.parent / LATEST, f"{self._folder.name}/{final.name}\n")
-        for step in to_prune(steps_in(self._folder), step_of(final), self._keep, self._keep.losses()):
-            remove_path(self._folder / directory_name(step))
+        newest = step_of(final)
+        for step in to_prune(steps_in(self._folder), newest, self._keep, self._keep.losses()):
+            path = self._folder / directory_name(step)
+            if step > newest:
+                path.rename(path.with_name(path.name + PASSED_OVER))
+            else:
+                remove_path(path)
+        for path in self._folder.glob(f"step-*{PASSED_OVER}"):
+            if int(path.name.removeprefix("step-").removesuffix(PASSED_OVER)) <= newest:
+                remove_path(path)
 
     def _load(self, engine: Engine, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         world = engine.world

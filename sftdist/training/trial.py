@@ -52,24 +52,31 @@ def checkpoints_at_once(settings: CheckpointSettings) -> int:
 def trial_seconds(engine: Engine, run_dir: Path, world: World, whole: int) -> tuple[float, float]:
     """How long a checkpoint of `whole` bytes would take to gather, and to write, flush and hash; the slowest rank's.
 
-    One rank writes the trial: the ranks of a whole save share its bytes, and as a rule the disk, too.
+    All ranks write at the same time, as in a save: what they share, a disk or a network, is shared here, too.
     """
     started = time.perf_counter()
-    piece = some_state(engine)
-    gathered = time.perf_counter() - started
-    written = together(world, lambda: write_and_compare(run_dir / ".trial.safetensors", piece) if world.is_main else 0)
-    share = whole / max(1, sum(tensor.nbytes for tensor in piece.values()))
-    return world.all_reduce_max(gathered) * share, world.all_reduce_max(written) * share
+    piece, gathered = some_state(engine)
+    gathering = world.all_reduce_max(time.perf_counter() - started)
+    path = run_dir / f".trial-{world.rank:05d}.safetensors"
+    writing = world.all_reduce_max(together(world, lambda: write_and_compare(path, piece)))
+    written = world.size * sum(tensor.nbytes for tensor in piece.values())
+    return gathering * whole / gathered, writing * whole / written
 
 
-def some_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """The first parameters with their moments, in host memory; the same on every rank."""
+def some_state(engine: Engine) -> tuple[dict[str, torch.Tensor], int]:
+    """The beginning of the first parameters and moments, about `TRIAL_BYTES` in host memory, and how many bytes were
+    gathered for it: an embedding is gathered whole."""
     piece: dict[str, torch.Tensor] = {}
+    gathered = held = 0
     for name, tensors in engine.state():
-        piece |= {f"{name}|{key}": tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        if sum(tensor.nbytes for tensor in piece.values()) >= TRIAL_BYTES:
+        for key, tensor in tensors.items():
+            gathered += tensor.nbytes
+            some = tensor.detach().flatten()[: max(1, (TRIAL_BYTES - held) // tensor.element_size())]
+            piece[f"{name}|{key}"] = some.to("cpu", copy=True)
+            held += some.nbytes
+        if gathered >= TRIAL_BYTES:
             break
-    return piece
+    return piece, gathered
 
 
 def write_and_compare(path: Path, piece: dict[str, torch.Tensor]) -> float:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,13 @@ class WandbProcess:
             self._tell(f"W&B stopped ({self._last_words()}); training goes on; {self._kept()}")
 
     def close(self, state: str) -> None:
-        """Tell the process that the run ended `done`, `preempted` or `failed`, and wait `close_seconds` at most."""
+        """Tell the process that the run ended `done`, `preempted` or `failed`, and wait `close_seconds` at most.
+
+        After a failure nobody waits: the other ranks have to hear of it. The process ends by itself.
+        """
+        if state == "failed":
+            self._leave_alone(state)
+            return
         try:
             self._child.communicate(f"{state}\n".encode(), timeout=self._spec.close_seconds)
         except subprocess.TimeoutExpired:
@@ -87,6 +94,11 @@ class WandbProcess:
             self._tell(f"{self._last_words()}; {self._kept()}")
         else:
             self._tell(f"W&B failed ({self._last_words()}); {self._kept()}")
+
+    def _leave_alone(self, state: str) -> None:
+        assert self._child.stdin is not None, "it was started with a pipe"
+        with suppress(BrokenPipeError), self._child.stdin as pipe:
+            pipe.write(f"{state}\n".encode())
 
     def _tell(self, text: str) -> None:
         if not self._told:

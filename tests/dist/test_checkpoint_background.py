@@ -281,3 +281,19 @@ def test_a_rank_that_ends_during_a_write_takes_the_others_along(tmp_path: Path, 
     assert len(said) == 1
     assert said[0].startswith("resuming from step 1, saved ")
     assert said[0].endswith("2 ranks at ZeRO 0 in fp32; this run has 1 rank at ZeRO 0 in fp32")
+
+
+def test_waiting_for_a_long_write_gets_on_file_by_file(tmp_path: Path) -> None:
+    """The hang watch sees a write that takes long, file by file, and one that hangs, too."""
+    engine = trained(ALONE)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Keep(1), background=ALONE, part_bytes=4096)
+    with gated(Gate()) as gate:
+        checkpoints.save(engine, {}, 1)
+        assert gate.reached.wait(60)
+        before = ALONE.progress.now.count
+        threading.Timer(0.5, gate.open.set).start()
+        checkpoints.wait()
+    files = len(list((tmp_path / "checkpoints/step-00000001").glob("part-*")))
+    noted = ALONE.progress.now.count - before
+    assert files > 3
+    assert 1 < noted <= files + 1

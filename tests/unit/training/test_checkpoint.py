@@ -384,3 +384,34 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     write_manifest(path)
     with pytest.raises(CheckpointError, match="reads format 1"):
         checkpoints.load_latest(trained())
+
+
+def test_a_later_checkpoint_that_was_passed_over_is_set_aside(tmp_path: Path) -> None:
+    """A disk may fail for a moment: the newest checkpoint is not lost before the run is as far again."""
+    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", Keep(1))
+    checkpoints.save(engine, {}, 1)
+    kept = Checkpoints(tmp_path / "checkpoints", Keep(2))
+    kept.save(engine, {}, 4)
+    (tmp_path / "checkpoints/step-00000004/rng.safetensors").rename(tmp_path / "away")
+    said: list[str] = []
+    assert kept.load_latest(engine, said.append) is not None
+    kept.save(engine, {}, 3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000003",
+        "step-00000004.passed-over",
+    ]
+    assert sorted(steps_in(tmp_path / "checkpoints")) == [1, 3], "it is none to resume from"
+    kept.save(engine, {}, 4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_checkpoints_that_have_vanished_are_no_new_run(tmp_path: Path) -> None:
+    """The folder may be on a disk that is not mounted: training from the start would cut the run's figures."""
+    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", Keep(1))
+    checkpoints.save(engine, {}, 1)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"LATEST names checkpoints/step-00000001, but .* holds no checkpoint"):
+        checkpoints.load_latest(engine)
+    (tmp_path / "LATEST").unlink()
+    assert checkpoints.load_latest(engine) is None

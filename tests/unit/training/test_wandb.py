@@ -139,6 +139,19 @@ def test_server_that_never_answers_costs_one_line(tmp_path: Path, monkeypatch: p
     assert (tmp_path / METRICS).read_text().count("\n") == 2000
 
 
+def test_a_failed_run_does_not_wait_for_a_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks have to hear of the failure; the W&B process ends by itself."""
+    with silent_server() as (url, connections):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        tracker, _ = follow(tmp_path, mode="online", init_seconds=60.0, close_seconds=1.0)
+        assert within(60, lambda: len(connections) > 0)
+        tracker.step(train_line(1), ["row"])
+        began = time.monotonic()
+        tracker.close("failed")
+        assert time.monotonic() - began < 0.5
+
+
 @pytest.mark.long  # wandb takes 13 s to give its failed run up
 def test_unreachable_server_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with silent_server() as (url, _):

@@ -50,7 +50,8 @@ def run_command(command: Command[T], argv: Sequence[str]) -> int:
         return FAILED  # another rank has reported what happened
     except SftdistError as error:
         _record(error)
-        print(f"sftdist {command.name}: error: {_where()}{error}", file=sys.stderr, flush=True)
+        if not error.reported:
+            print(f"sftdist {command.name}: error: {_where()}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"sftdist {command.name}: stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 
 
 class SftdistError(Exception):
-    """Base of every error that ends a command with a message instead of a traceback."""
+    """Base of every error that ends a command with a message instead of a traceback.
+
+    `reported`: a session has said it already, with the rank and what that was doing.
+    """
 
     exit_code = 1
+    reported = False
 
 
 class ConfigError(SftdistError):

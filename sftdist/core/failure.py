@@ -95,7 +95,7 @@ def lines(failure: Failure, run_dir: Path | None = None) -> list[str]:
     said = [f"sftdist: error: {who} {_while(failure)}: {failure.message}"]
     if failure.traceback and not failure.expected:
         said += failure.traceback.rstrip().split("\n")
-    if failure.rows:
+    if failure.rows and failure.rows[0] not in failure.message:
         more = len(failure.rows) - _ROWS_SHOWN
         said.append(f"rows of that step: {', '.join(failure.rows[:_ROWS_SHOWN])}{f' and {more} more' * (more > 0)}")
     if run_dir is not None:

@@ -39,6 +39,21 @@ def fail(how: str) -> None:
         time.sleep(120)
 
 
+def once(folder: str) -> None:
+    """Every rank notes each of its starts with what rank 0 shared in it; rank 1 is killed in its first."""
+    rank = os.environ["RANK"]
+    notes = Path(folder, rank)
+    starts = len(notes.read_text().splitlines()) if notes.exists() else 0
+    with notes.open("a") as file:
+        file.write(share_text("start", f"start {starts}" if rank == "0" else None) + "\n")
+    with session() as world:
+        world.barrier()
+        if rank == "1" and starts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.barrier()
+        Path(folder, f"done-{rank}").write_text(str(restart_count()))
+
+
 def grace(folder: str) -> None:
     """A rank that writes how long its torchrun would wait for it."""
     Path(folder, "grace").write_text(str(torchrun_grace()))

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,6 +141,33 @@ def test_share_text_under_torchrun_and_after_a_restart(tmp_path: Path) -> None:
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     expected = {0: "attempt 0|attempt 0 again", 1: "attempt 1|attempt 1 again"}
     assert found == {f"{attempt}-{rank}": expected[attempt] for attempt in (0, 1) for rank in (0, 1)}
+
+
+@pytest.mark.long
+def test_a_killed_rank_brings_two_hosts_back_with_one_restart(tmp_path: Path) -> None:
+    """Each host's torchrun counts for itself: the one whose rank lives only sees that the other host joins again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--local-addr", "127.0.0.1"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *rendezvous]
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    hosts = []
+    for log in logs:
+        with log.open("wb") as file:
+            words = [*command, "-m", "tests.children", "once", str(notes)]
+            hosts.append(subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [host.wait(240) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    found = {path.name: path.read_text() for path in notes.iterdir()}
+    assert found == {**dict.fromkeys("01", "start 0\nstart 1\n"), "done-0": "0", "done-1": "1"}
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sftdist.core.errors import ConfigError
+from sftdist.core.errors import ConfigError, SftdistError
 from sftdist.core.failure import Failure, failure_of, print_failure
 from sftdist.core.generation import Generation, no_word
 from sftdist.core.peers import Patience, PeerError, Peers, Rank
@@ -115,7 +115,7 @@ def is_worker() -> bool:
 
 
 def restart_count() -> int:
-    """How often this host's torchrun has started its workers again after a failure: other hosts may count differently."""
+    """How often this host's torchrun has started its workers again after a failure; others may count differently."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -181,6 +181,8 @@ def session(
         if isinstance(error, SystemExit) and not error.code:
             _leave(peers)
             raise
+        if isinstance(error, SftdistError):
+            error.reported = True
         if peers is None:
             report(failure_of(error, rank, world.progress.now))
             raise

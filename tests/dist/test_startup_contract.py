@@ -391,6 +391,7 @@ def disk_refusals(world: World, home: Path, folders: Sequence[Path]) -> list[str
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("mount") is None, reason="mount is not installed")
 def test_a_small_disk_is_refused_before_step_1(home: Path, small_disk: Callable[[int], Path]) -> None:
     """A checkpoint of this model takes 330 KiB: too little for the trial; for it, but not for three; enough."""

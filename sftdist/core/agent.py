@@ -26,7 +26,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, restart_count, stops_at_once
+from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, started_again, stops_at_once
 from sftdist.core.failure import lines, read_failure
 from sftdist.core.oom import oom_kills
 from sftdist.core.start import START_VARIABLE, this_start
@@ -70,7 +70,7 @@ def restart_refused(run_dir: Path) -> dict[str, Any] | None:
     Bad configuration, bad data, a preemption and a failure marked `retry=False` would only happen again. What an
     earlier start left does not count: its preemption is no reason not to try again now.
     """
-    status = _status_of(run_dir, this_start()) if restart_count() else None
+    status = _status_of(run_dir, this_start()) if started_again() else None
     if status is None or status["state"] == "running":
         return None
     final = status["code"] in (DONE, BAD_CONFIG, BAD_DATA, PREEMPTED) or not status["retry"]

@@ -119,6 +119,12 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def started_again() -> bool:
+    """Whether torchrun has started this worker group before, on this host or another; rank 0 knows after its first
+    `share_text`."""
+    return restart_count() > 0 or (is_worker() and _generation().number(TIMEOUT_SECONDS) > 1)
+
+
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends: a killed torchrun agent leaves no orphans (Linux)."""
     if sys.platform != "linux":

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sftdist.core.errors import SftdistError, TrainingError
+from sftdist.core.errors import SftdistError, StartupError, TrainingError
 from sftdist.core.progress import Activity
 from sftdist.core.start import this_start
 from sftdist.core.storage import read_json, write_json
@@ -51,7 +51,7 @@ def failure_of(error: BaseException, rank: int, doing: Activity) -> Failure:
         here(ERROR, rank, doing, str(error) if expected else _named(error)),
         traceback="".join(traceback.format_exception(error)),
         code=error.exit_code if isinstance(error, SftdistError) else 1,
-        retry=not isinstance(error, TrainingError),
+        retry=not isinstance(error, TrainingError | StartupError),
         expected=expected,
     )
 

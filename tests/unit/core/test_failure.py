@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sftdist.core.distributed import session
-from sftdist.core.errors import ConfigError, TrainingError
+from sftdist.core.errors import CheckpointError, ConfigError, StartupError, TrainingError
 from sftdist.core.failure import FILE, Failure, failure_of, here, lines, print_failure, read_failure, write_failure
 from sftdist.core.progress import Activity
 
@@ -41,7 +41,13 @@ def test_a_fault_of_ours_is_shown_with_its_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "retry"), [(ConfigError("say x"), 2, True), (TrainingError("say x"), 1, False)]
+    ("error", "code", "retry"),
+    [
+        (ConfigError("say x"), 2, True),
+        (TrainingError("say x"), 1, False),
+        (StartupError("say x"), 1, False),
+        (CheckpointError("say x"), 1, True),
+    ],
 )
 def test_an_error_that_says_what_to_change_keeps_its_traceback_in_the_file(
     error: Exception, code: int, retry: bool

@@ -140,6 +140,7 @@ def test_rows_in_memory_from_python(inside: Path) -> None:
     assert one == other
 
 
+@pytest.mark.long  # tests/dist shows the same of the whole contract on two ranks
 def test_the_checks_leave_no_trace(inside: Path) -> None:
     for stage in (0, 1):  # every stage and precision on two ranks: tests/dist
         keys = ("train.max_steps=3", "precision=fp32", f"zero.stage={stage}", "tune.dropout=0.1")

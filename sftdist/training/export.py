@@ -146,11 +146,12 @@ class _Job:
         self._stopped, self._say = stopped, say
         self._model = causal_lm(source.module.model)
         self._whole = spec.merge or not is_adapted(source)  # a model folder, not an adapter alone
-        self._go_on("exporting")
-        self._logits = [source.logits(row) for row in probe_rows(self._model)]
+        self._logits: list[torch.Tensor] = []
 
     def write(self, folder: Path) -> None:
-        """Every file of the export, the manifest last."""
+        """Every file of the export, the manifest last; and what the live model says to the probes."""
+        self._go_on("exporting")
+        self._logits = [self._source.logits(row) for row in probe_rows(self._model)]
         known: dict[str, dict[str, Any]] = {}
         if is_adapted(self._source):
             self._write_adapter(folder / ADAPTER if self._whole else folder)

@@ -1,4 +1,4 @@
-"""A folder with a tiny model, tiny data and one uninterrupted run, for the tests that interrupt others."""
+"""Folders with a tiny model and tiny data, one with an uninterrupted run, for the tests that interrupt others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import pytest
 
 from tests.e2e.jobs import finish
 from tests.e2e.workshop import model_folder, write_rows
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user brings: `model` and `my.jsonl`."""
+    folder = tmp_path_factory.mktemp("home")
+    model_folder(folder / "model")
+    write_rows(folder / "my.jsonl")
+    return folder
 
 
 @pytest.fixture(scope="session")

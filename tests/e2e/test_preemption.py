@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from sftdist.training.checkpoint import verify
 from tests.e2e.jobs import KEYS, TRAIN, Running, finish, same, torchrun
-from tests.e2e.workshop import metrics, status
+from tests.e2e.workshop import metrics, status, write_rows
+from tests.faults import before_export, train_to_the_end
 
 pytestmark = pytest.mark.timeout(900)  # several starts of torchrun each, on a machine that may be busy
 TERM, USR1, USR2, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
@@ -108,29 +113,33 @@ def test_a_save_of_45_seconds_survives_and_further_signals_do_nothing(place: Pat
     assert same(place, "runs/patient", "runs/whole")
 
 
-@pytest.mark.long
-def test_a_save_longer_than_the_grace_is_cut(place: Path) -> None:
-    """What the test above would see with too little grace; the checkpoint before is untouched."""
-    run_dir = place / "runs/hasty"
+@contextmanager
+def second_start(place: Path, name: str, grace: float) -> Iterator[Running]:
+    """A run with a checkpoint, in its second start, whose saves are slow and which fails. The checkpoint is untouched,
+    and the run goes on from it, bit-equal."""
+    run_dir = place / "runs" / name
     stop_early(place, run_dir)
     before = stopped_where_it_says(run_dir)
-    with Running(slow(run_dir, 5), place, {"SLOW_SAVE": "45"}) as job:
+    with Running(slow(run_dir, grace), place, {"SLOW_SAVE": "45"}) as job:
         job.until_step(run_dir, before + 1)
-        job.tell(TERM)
-        assert job.end(40) == 1, job.screen
+        yield job
     assert status(run_dir)["state"] == "failed"
     assert untouched(run_dir, before)
     finish(place, f"run.dir={run_dir}")
-    assert same(place, "runs/hasty", "runs/whole")
+    assert same(place, f"runs/{name}", "runs/whole")
+
+
+@pytest.mark.long
+def test_a_save_longer_than_the_grace_is_cut(place: Path) -> None:
+    """What the test above would see with too little grace."""
+    with second_start(place, "hasty", grace=5) as job:
+        job.tell(TERM)
+        assert job.end(40) == 1, job.screen
 
 
 @pytest.mark.long
 def test_a_second_ctrl_c_stops_at_once_even_in_a_save(place: Path) -> None:
-    run_dir = place / "runs/impatient"
-    stop_early(place, run_dir)
-    before = stopped_where_it_says(run_dir)
-    with Running(slow(run_dir, 90), place, {"SLOW_SAVE": "45"}) as job:
-        job.until_step(run_dir, before + 1)
+    with second_start(place, "impatient", grace=90) as job:
         job.tell(INT)
         job.until(lambda: "publishing step-" in job.screen)
         began = time.monotonic()
@@ -138,9 +147,33 @@ def test_a_second_ctrl_c_stops_at_once_even_in_a_save(place: Path) -> None:
         assert job.end(20) == 1, job.screen
         assert time.monotonic() - began < 10
         assert job.ranks() == {}
-    assert untouched(run_dir, before)
-    finish(place, f"run.dir={run_dir}")
-    assert same(place, "runs/impatient", "runs/whole")
+
+
+def test_a_signal_while_small_data_is_prepared_loses_nothing(place: Path) -> None:
+    """`sftdist train` itself prepares it, before any rank exists: 75, and no half store."""
+    write_rows(place / "many.jsonl", 40_000)
+    keys = ["data.train=many.jsonl", "run.dir=runs/many", "data.store_dir=stores-of-many"]
+    with Running([*TRAIN, *KEYS, *keys], place) as job:
+        job.until(lambda: any((place / "stores-of-many").glob(".*.tmp")))
+        job.tell(TERM)
+        assert job.end() == 75, job.screen
+    assert list((place / "stores-of-many").iterdir()) == []
+    assert not (place / "runs/many").exists()
+
+
+def stop_in_the_export(rank: int, pipe: Connection) -> None:
+    if rank == 1:
+        before_export(lambda: os.kill(os.getpid(), TERM))
+
+
+def test_a_stop_in_the_export_leaves_it_for_the_next_start(place: Path) -> None:
+    keys = [*KEYS, "train.max_steps=2", "run.dir=runs/exporting"]
+    train_to_the_end(2, keys, place, stop_in_the_export)
+    assert stopped_where_it_says(place / "runs/exporting") == 2
+    assert not list((place / "runs/exporting").glob("*export*"))
+    train_to_the_end(2, keys, place)
+    assert status(place / "runs/exporting")["state"] == "done"
+    assert (place / "runs/exporting/export/model.safetensors").is_file()
 
 
 def stop_early(place: Path, run_dir: Path) -> None:

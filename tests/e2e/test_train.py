@@ -25,14 +25,6 @@ from tests.e2e.workshop import SMALL, environment, evaluations, metrics, model_f
 EXACT = ("step", "loss", "grad_norm", "lr", "rows")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    model_folder(folder / "model")
-    write_rows(folder / "my.jsonl")
-    return folder
-
-
 @pytest.fixture
 def inside(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(home)

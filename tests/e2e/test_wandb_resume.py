@@ -18,7 +18,7 @@ import pytest
 from sftdist import train
 from sftdist.training.tracking import Tracker
 from sftdist.training.wandb_sink import STEP
-from tests.e2e.workshop import SMALL, evaluations, metrics, model_folder, status, write_rows
+from tests.e2e.workshop import SMALL, evaluations, metrics, status
 from tests.faults import Job
 from tests.wandb_runs import history, of_kind, read, runs_of, silent_server, within
 
@@ -45,14 +45,6 @@ class Loop:
     seconds: float
     end: float
     screen: str
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    model_folder(folder / "model")
-    write_rows(folder / "my.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from sftdist.core.storage import (
 from sftdist.training.checkpoint_files import (
     FORMAT,
     PART_BYTES,
+    PASSED_OVER,
     RANDOM,
     STATE,
     Part,
@@ -51,7 +52,6 @@ from sftdist.training.retention import Keep, to_prune
 from sftdist.training.tensor_file import write_tensors
 
 LATEST = "LATEST"
-PASSED_OVER = ".passed-over"  # at the end of a directory's name: no checkpoint to resume from
 _NOT_WRITTEN = (
     "the checkpoint could not be written: {}. Earlier checkpoints are untouched; make room or correct the permissions, "
     "then run the same command again."
@@ -232,12 +232,18 @@ class Checkpoints:
         for step in to_prune(steps_in(self._folder), newest, self._keep, self._keep.losses()):
             path = self._folder / directory_name(step)
             if step > newest:
-                path.rename(path.with_name(path.name + PASSED_OVER))
+                self._set_aside(path)
             else:
                 remove_path(path)
-        for path in self._folder.glob(f"step-*{PASSED_OVER}"):
-            if int(path.name.removeprefix("step-").removesuffix(PASSED_OVER)) <= newest:
-                remove_path(path)
+        for step in steps_in(self._folder, PASSED_OVER):
+            if step <= newest:
+                remove_path(self._folder / f"{directory_name(step)}{PASSED_OVER}")
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(path.name + PASSED_OVER)
+        if aside.exists():  # of an earlier walk back, which a kill kept from being removed
+            remove_path(aside)
+        path.rename(aside)
 
     def _load(self, engine: Engine, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         world = engine.world

@@ -31,6 +31,7 @@ STATE = "state.json"
 RANDOM = "rng.safetensors"
 PART_BYTES = 8 * 2**30
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+PASSED_OVER = ".passed-over"  # ends the name of a directory that did not verify: none to resume from
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,10 +54,11 @@ def checkpoints_in(folder: Path) -> list[CheckpointInfo]:
     return [describe(folder / directory_name(step)) for step in sorted(steps_in(folder))]
 
 
-def steps_in(folder: Path) -> list[int]:
-    """The steps of the published checkpoints in a folder, in no order. Raises OSError where it cannot be read."""
+def steps_in(folder: Path, ending: str = "") -> list[int]:
+    """The steps of the published checkpoints in a folder, in no order; with `ending=PASSED_OVER` of those that were set
+    aside. Raises OSError where it cannot be read."""
     names = os.listdir(folder) if folder.exists() else []
-    matches = [_NAME.fullmatch(name) for name in names]
+    matches = [_NAME.fullmatch(name.removesuffix(ending)) for name in names if name.endswith(ending)]
     return [int(match[1]) for match in matches if match]
 
 

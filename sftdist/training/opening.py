@@ -17,6 +17,7 @@ from sftdist.core.settings import TrainConfig
 from sftdist.core.start import adopt_start, this_start
 from sftdist.core.storage import disk_explained, read_json, remove_temporaries, write_json
 from sftdist.data.pipeline import Prepared
+from sftdist.training.trial import TRIAL
 
 DATA_FILE = "data.json"
 STARTING = "starting, or ended there without a word"
@@ -65,7 +66,7 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         ended = f"{refused['state']}: {refused['reason']}"
         raise NotRestarted(f"not started again by torchrun, since another try would end the same way: {ended}")
     stack.enter_context(RunLock(run_dir))
-    for name in ("*.json", "export"):  # of a start that was killed, on whatever host
+    for name in ("*.json", "export", TRIAL):  # of a start that was killed, on whatever host
         remove_temporaries(run_dir, name)
     try:
         refuse_other_config(cfg, run_dir)

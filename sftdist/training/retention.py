@@ -24,9 +24,9 @@ class Keep:
 
 
 def to_prune(steps: Iterable[int], newest: int, keep: Keep, losses: Mapping[int, float]) -> list[int]:
-    """The steps to remove after `newest` was written, in increasing order; never `newest`, never the best of `losses`.
+    """The steps that go after `newest` was written, in increasing order; never `newest`, never the best of `losses`.
 
-    Steps after `newest` did not verify when the run resumed: they are out of date, and go.
+    Steps after `newest` did not verify when the run resumed: they are not to be resumed from, and go.
     """
     steps = sorted(steps)
     valid = [step for step in steps if step <= newest]

@@ -155,7 +155,7 @@ def _from_the_end(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 line = json.loads(data[start:end])
             except ValueError:  # garbage, of one encoding or another
                 line = None
-            if line is not None:
+            if isinstance(line, dict):
                 yield end, line
             end = start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sftdist.training.startup import check_copy, check_disk, check_grace, ranks_
 from sftdist.training.tensor_file import write_tensors
 
 TRIAL_BYTES = 2**24
+TRIAL = "trial"
 
 
 def save_figures(engine: Engine, run_dir: Path, world: World, settings: CheckpointSettings) -> str:
@@ -57,8 +59,8 @@ def trial_seconds(engine: Engine, run_dir: Path, world: World, whole: int) -> tu
     started = time.perf_counter()
     piece, gathered = some_state(engine)
     gathering = world.all_reduce_max(time.perf_counter() - started)
-    path = run_dir / f".trial-{world.rank:05d}.safetensors"
-    writing = world.all_reduce_max(together(world, lambda: write_and_compare(path, piece)))
+    folder = run_dir / f".{TRIAL}.{world.rank:05d}.tmp"  # a temporary's name: what a kill leaves is swept
+    writing = world.all_reduce_max(together(world, lambda: write_and_compare(folder, piece)))
     written = world.size * sum(tensor.nbytes for tensor in piece.values())
     return gathering * whole / gathered, writing * whole / written
 
@@ -79,24 +81,29 @@ def some_state(engine: Engine) -> tuple[dict[str, torch.Tensor], int]:
     return piece, gathered
 
 
-def write_and_compare(path: Path, piece: dict[str, torch.Tensor]) -> float:
-    """Seconds to write, flush and hash. Raises `StartupError` when the disk does not give back what was written."""
+def write_and_compare(folder: Path, piece: dict[str, torch.Tensor]) -> float:
+    """Seconds to write, flush and hash a file in a folder of its own: safetensors writes beside it, too.
+
+    Raises `StartupError` when the disk does not give back what was written.
+    """
+    path = folder / "trial.safetensors"
     try:
+        folder.mkdir(exist_ok=True)
         started = time.perf_counter()
         write_tensors(piece, path)
         seconds = time.perf_counter() - started
         read = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StartupError(
-            f"{path}: a trial save failed ({error}); checkpoints need a writable disk with room. "
+            f"{folder}: a trial save failed ({error}); checkpoints need a writable disk with room. "
             "Free some space, or give another run.dir."
         ) from error
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     wrong = [name for name, tensor in piece.items() if not torch.equal(tensor, read[name])]
     if wrong:
         raise StartupError(
-            f"{path}: read back other values than were written ({', '.join(wrong[:3])}); this disk or file system "
+            f"{folder}: read back other values than were written ({', '.join(wrong[:3])}); this disk or file system "
             "cannot be trusted with a checkpoint. Give another run.dir."
         )
     return seconds

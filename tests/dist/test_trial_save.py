@@ -54,7 +54,7 @@ def _reason(world: World, folder: Path, stage: int, background: bool) -> str:
 def test_a_disk_that_cannot_be_written_stops_every_rank(tmp_path: Path, stage: int, background: bool) -> None:
     reasons = run_ranks(_reason, 2, tmp_path / "absent", stage, background, timeout=60)
     for rank, reason in enumerate(reasons):
-        assert f".trial-{rank:05d}.safetensors: a trial save failed" in reason
+        assert f".trial.{rank:05d}.tmp: a trial save failed" in reason
     for text in run_ranks(_reason, 2, tmp_path, stage, background, timeout=60):
         assert "a save takes about" in text
         assert ("training waits about" in text) == background

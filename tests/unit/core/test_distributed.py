@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sftdist.core.distributed import StopSignal, World, session, share_text
+from sftdist.core.distributed import STOP_SIGNALS, StopSignal, World, ignore_stop_signals, session, share_text
 from tests.conftest import ROOT
 from tests.ranks import RankError, run_ranks
 
@@ -129,6 +129,17 @@ def test_signals_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) != before
     stop.uninstall()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_rank_that_is_done_is_not_ended_by_a_repeated_signal() -> None:
+    """torchrun would call a rank that a signal has ended a failure, after a good save."""
+    pid = os.fork()
+    if pid == 0:
+        ignore_stop_signals()
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        os._exit(0)
+    assert _exit_code(pid, 5) == 0
 
 
 def test_share_text_without_ranks_is_the_text() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -131,6 +132,26 @@ def test_a_store_that_is_not_the_planned_one_is_refused() -> None:
     fewer = MemoryStore(replace(SOURCES[0], targets=np.maximum(SOURCES[0].targets[:] - 1, 0)))
     with pytest.raises(DataError, match="its plan says"):
         list(Loader(plan(SOURCES), [fewer, STORES[1]]))
+
+
+class Stuck(MemoryStore):
+    """A file system that does not answer."""
+
+    answer = threading.Event()
+
+    def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        self.answer.wait(60)
+        return super().tokens(row)
+
+
+def test_closing_does_not_wait_for_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails closes its loader first: the others have to hear of the failure."""
+    monkeypatch.setattr("sftdist.data.loader.CLOSE_SECONDS", 0.2)
+    loader = Loader(plan(SOURCES), [Stuck(source) for source in SOURCES])
+    began = time.monotonic()
+    loader.close()
+    assert 0.1 < time.monotonic() - began < 5
+    Stuck.answer.set()
 
 
 def test_resume_from_json_gives_the_same_steps_on_any_world_size() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 from collections import Counter
@@ -404,6 +405,25 @@ def test_a_later_checkpoint_that_was_passed_over_is_set_aside(tmp_path: Path) ->
     assert sorted(steps_in(tmp_path / "checkpoints")) == [1, 3], "it is none to resume from"
     kept.save(engine, {}, 4)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_what_an_earlier_walk_back_has_set_aside_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A kill may come between a checkpoint and the removal of its predecessor under the other name."""
+    engine, checkpoints = trained(), Checkpoints(tmp_path / "checkpoints", Keep(2))
+    for step in (1, 4):
+        checkpoints.save(engine, {}, step)
+    broken, aside = (tmp_path / "checkpoints" / f"step-00000004{ending}" for ending in ("", ".passed-over"))
+    shutil.copytree(broken, aside)
+    foreign = tmp_path / "checkpoints" / "step-of-mine.passed-over"
+    foreign.mkdir()
+    (broken / "state.json").write_text("{")
+    assert checkpoints.load_latest(engine, lambda line: None) is not None
+    checkpoints.save(engine, {}, 3)
+    assert (aside / "state.json").read_text() == "{", "the newer one took its place"
+    assert sorted(steps_in(tmp_path / "checkpoints")) == [1, 3]
+    checkpoints.save(engine, {}, 4)
+    assert not aside.exists()
+    assert foreign.exists()
 
 
 def test_checkpoints_that_have_vanished_are_no_new_run(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_resumed_run_writes_the_same_file(tmp_path: Path) -> None:
 
 def test_cut_goes_back_over_garbage_to_the_last_line_that_stays(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n\0\0\xff\n{"step": 4}\n{"st')
+    file.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n\0\0\xff\n7\n{"step": 4}\n{"st')
     for step, kept in ((3, [1, 2, 2, 3]), (2, [1, 2, 2]), (1, [1]), (0, []), (0, [])):
         cut(file, step)
         assert [line["step"] for line in read(file)] == kept

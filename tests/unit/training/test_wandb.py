@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ def follow(run_dir: Path, *, resumed_step: int = 0, **options: Any) -> tuple[Tra
     return tracker.followed_by(*open_wandb(run_dir, say=said.append, **{**settings, **options})), said
 
 
+@contextmanager
+def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A key, and a server that takes connections (the list of them) and never answers."""
+    with silent_server() as (url, connections):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield connections
+
+
 def train_line(step: int) -> dict[str, Any]:
     return {"step": step, "loss": 10 / 3 / step, "lr": 0.1 * step, "mfu": None, "loss/domain": 1 / step, "rows": "ab"}
 
@@ -51,9 +62,7 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_offline_file_holds_the_figures_of_metrics_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with silent_server() as (url, connections):
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with silence(monkeypatch) as connections:
         tracker, said = follow(tmp_path)
         for step in range(1, 8):
             tracker.step(train_line(step), ["row"])
@@ -122,9 +131,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_server_that_never_answers_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The online run is kept offline when the server is silent; `line` never waits, `close` not longer than it may."""
-    with silent_server() as (url, connections):
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with silence(monkeypatch) as connections:
         tracker, said = follow(tmp_path, mode="online", init_seconds=60.0, close_seconds=2.0)
         assert within(60, lambda: len(connections) > 0)
         began = time.monotonic()
@@ -141,9 +148,7 @@ def test_server_that_never_answers_costs_one_line(tmp_path: Path, monkeypatch: p
 
 def test_a_failed_run_does_not_wait_for_a_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks have to hear of the failure; the W&B process ends by itself."""
-    with silent_server() as (url, connections):
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with silence(monkeypatch) as connections:
         tracker, _ = follow(tmp_path, mode="online", init_seconds=60.0, close_seconds=1.0)
         assert within(60, lambda: len(connections) > 0)
         tracker.step(train_line(1), ["row"])
@@ -154,9 +159,7 @@ def test_a_failed_run_does_not_wait_for_a_silent_server(tmp_path: Path, monkeypa
 
 @pytest.mark.long  # wandb takes 13 s to give its failed run up
 def test_unreachable_server_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with silent_server() as (url, _):
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with silence(monkeypatch):
         tracker, said = follow(tmp_path, mode="online", init_seconds=1.0, close_seconds=90.0)
         for step in range(1, 4):
             tracker.step(train_line(step), ["row"])

@@ -35,6 +35,8 @@ AT_LEAST = {
     "eval.every_steps": 0,
     "eval.max_conversations": 1,
     "launch.nproc": 1,
+    "launch.nodes": 1,
+    "launch.node_rank": 0,
     "launch.max_restarts": 0,
     "limit": 1,
     "cluster.gpus": 1,
@@ -55,6 +57,7 @@ FRACTIONS = {
 }
 WORDS = {"tracking.wandb": ("offline", "online", "disabled"), "output": ("terminal", "html", "jsonl")}
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
+ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -68,7 +71,7 @@ def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
             f"config_version: given {cfg.config_version}, this version of sftdist reads {CONFIG_VERSION}; "
             "use the sftdist that wrote it, or start from a current preset"
         ]
-    issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg)]
+    issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg), *_nodes(cfg)]
     if complete:
         issues += _completeness(cfg)
     if not isinstance(cfg, DataConfig):
@@ -211,6 +214,19 @@ def _checkpoints(cfg: TrainConfig) -> Iterator[str]:
             f"checkpoint.keep_best: given eval.every_steps={evaluate} and checkpoint.every_steps={save}, required that "
             "every evaluated step has a checkpoint; set checkpoint.every_steps to a divisor of eval.every_steps"
         )
+
+
+def _nodes(cfg: TrainConfig) -> Iterator[str]:
+    launch = cfg.launch
+    if launch.nodes == 1:
+        return  # what the other keys say does not matter: the same line runs on one node, too
+    if launch.address is None or not ADDRESS.fullmatch(launch.address):
+        yield (
+            f"launch.address: given {shown(launch.address)} with launch.nodes={launch.nodes}, required HOST:PORT of "
+            "the first node, such as 10.0.0.1:29500, the same on every node"
+        )
+    if launch.node_rank is not None and launch.node_rank >= launch.nodes:
+        yield f"launch.node_rank: given {launch.node_rank}, required 0 to {launch.nodes - 1} (launch.nodes - 1)"
 
 
 def _run(cfg: TrainConfig) -> Iterator[str]:

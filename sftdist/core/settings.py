@@ -230,7 +230,10 @@ class TrackingSettings:
 
 @dataclass(kw_only=True)
 class LaunchSettings:
-    nproc: int | None = None  # default: one rank per GPU, else one
+    nproc: int | None = None  # ranks of this host; default: one per GPU, else one
+    nodes: int = 1  # hosts; the same command runs on each of them
+    address: str | None = None  # HOST:PORT of the first one, where there are several
+    node_rank: int | None = None  # this host's number, from 0 on; without it the hosts agree on their order
     max_restarts: int = 0  # how often the ranks are started again after a failure that may pass
     lost_seconds: float = 60.0  # a rank or host that is not heard of for so long has failed
     hang_seconds: float = 1800.0  # a rank that does not get on for so long has failed
@@ -241,6 +244,11 @@ class ExportSettings:
     dtype: ExportDtype = ExportDtype.bf16
     shard_gib: float = 4.0
     merge: bool = True  # LoRA: a merged model beside the adapter
+
+
+@dataclass(kw_only=True)
+class SweepSettings:
+    metric: str | None = None  # a key of metrics.jsonl: what a job of a sweep returns; default: eval/loss
 
 
 @dataclass(kw_only=True)
@@ -263,6 +271,7 @@ class TrainConfig:
     eval: EvalSettings = field(default_factory=EvalSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     launch: LaunchSettings = field(default_factory=LaunchSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
 
 

@@ -18,7 +18,7 @@ from sftdist.core.typed import build, to_plain
 T = TypeVar("T", bound=TrainConfig, default=TrainConfig)
 FILE = "config.yaml"
 # A run keeps its name, and can be resumed, when only these change.
-NOT_HASHED = ("run", "tracking", "launch", "zero", "checkpoint", "eval", "dry_run")
+NOT_HASHED = ("run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run")
 SECTIONS = tuple(item.name for item in fields(TrainConfig))
 
 

@@ -27,7 +27,7 @@ FLOORS: dict[str, set[str]] = {
 }
 # A library, and the only files that may import it.
 DOORS = {
-    "hydra": {"sftdist.core.config"},
+    "hydra": {"sftdist.core.config", "sftdist.core.words"},
     "omegaconf": {"sftdist.core.config"},
     "deepspeed": {"sftdist.training.engine"},
     "wandb": {"sftdist.training.wandb_sink"},

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ from sftdist.core.snapshot import (
     write_config,
 )
 from sftdist.core.typed import build, options, shown, to_plain
+from sftdist.core.words import Words, read_words, unreadable
 
 __all__ = [
     "FILE",
@@ -90,7 +90,7 @@ def compose(
     ConfigError with all issues; `complete=False` leaves the absence of data, model and tokenizer to `check(cfg)`.
     `checks` are further rules.
     """
-    words = _read_overrides(overrides)
+    words = read_words(overrides, _group_names())
     if exp is not None:
         words.groups.setdefault("exp", exp)
     with _conf():
@@ -173,48 +173,11 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
         try:
             word = parser.parse_override(text)
         except HydraException as error:
-            raise ConfigError(_unreadable(text)) from error
+            raise ConfigError(unreadable(text)) from error
         key = text.partition("=")[0]
         sweeps = word.is_sweep_override()
         choices.append([f"{key}={value}" for value in word.sweep_string_iterator()] if sweeps else [text])
     return [list(job) for job in itertools.product(*choices)]
-
-
-@dataclass
-class _Words:
-    """The overrides, read: values by key, one choice per group, groups without that choice, and all issues."""
-
-    groups: dict[str, str] = field(default_factory=dict)
-    values: list[Override] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    issues: list[str] = field(default_factory=list)
-
-    def value(self, key: str) -> Any:
-        """The last value that was given for a key, else None."""
-        found = [word.value() for word in self.values if word.key_or_group == key and not word.is_delete()]
-        return found[-1] if found else None
-
-
-def _read_overrides(overrides: Sequence[str]) -> _Words:
-    words, parser = _Words(), OverridesParser.create()
-    for text in overrides:
-        try:
-            word = parser.parse_override(text)
-        except HydraException:
-            words.issues.append(_unreadable(text))
-            if (key := text.lstrip("+").partition("=")[0]) in _group_names():
-                words.refused.append(key)
-            continue
-        key = word.key_or_group
-        if word.is_sweep_override():
-            words.issues.append(f"{key}: given several values, required one; for a list write '{key}=[a,b]'")
-        elif key in _group_names() and isinstance(word.value(), str | int) and not word.is_delete():
-            words.groups[key] = str(word.value())
-        elif key == "mix":
-            words.issues.append("mix: unknown key; did you mean data.mix?")
-        else:
-            words.values.append(word)
-    return words
 
 
 def _expand_home(cfg: TrainConfig) -> None:
@@ -224,16 +187,6 @@ def _expand_home(cfg: TrainConfig) -> None:
         value = getattr(node, name)
         if isinstance(value, str) and value.startswith("~"):
             setattr(node, name, str(Path(value).expanduser()))
-
-
-def _unreadable(text: str) -> str:
-    key, equals, value = text.partition("=")
-    if text.startswith("-"):
-        return f"{text}: unknown option; see --help"
-    if not equals or not key:
-        return f"{text}: given a word without '=', required key=value"
-    escaped = value.replace('"', '\\"')
-    return f"{key}: the value has characters that need quotes; write '{key}=\"{escaped}\"'"
 
 
 class WorkingDirectoryConf(SearchPathPlugin):
@@ -273,7 +226,7 @@ def _options(group: str) -> list[str]:
     return list(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
-def _merge(words: _Words, schema: type[TrainConfig]) -> dict[str, Any]:
+def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
     """Defaults, then an existing run or the groups and the preset, then the command line: as a plain container."""
     merged = OmegaConf.create(to_plain(schema()))
     run_dir = words.value("run.dir")
@@ -299,7 +252,7 @@ def _merge(words: _Words, schema: type[TrainConfig]) -> dict[str, Any]:
     return container
 
 
-def _chosen(group: str, name: str, words: _Words) -> bool:
+def _chosen(group: str, name: str, words: Words) -> bool:
     """Whether a group has this file; an issue with the names it has where it has not."""
     available = _options(group)
     if name in available:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the test extras, lint, check types and run the tests that this machine can run.
-#   bash launch/test.sh        what every change must pass, about 14 minutes on 2 cores
+#   bash launch/test.sh        what every change must pass, about 10 minutes on 2 cores
 #   bash launch/test.sh all    the long tests, too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,8 +12,10 @@ ruff check .
 mypy
 # One thread a process: the tests start ranks of their own, and exact results do not depend on the machine.
 export OMP_NUM_THREADS=1
+# Two files at a time: the tests wait for processes as long as they compute.
+pytest=(-rs --durations=15 -n 2 --dist loadfile)
 case "${1:-}" in
-"") timeout --signal=INT --kill-after=30 1500 pytest -rs --durations=15 ;;
-all) pytest -rs --durations=15 -m "" ;;
+"") timeout --signal=INT --kill-after=30 1500 pytest "${pytest[@]}" ;;
+all) pytest "${pytest[@]}" -m "" ;;
 *) echo "given $1, required nothing or all" >&2 && exit 2 ;;
 esac

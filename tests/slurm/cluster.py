@@ -1,5 +1,5 @@
-"""A real SLURM cluster of two nodes on this machine, made and taken down by the tests: its own munged, slurmctld and two
-slurmd, with keys, sockets, ports and logs of their own. Whatever else runs on the machine is left alone.
+"""A real SLURM cluster of two nodes on this machine, made and taken down by the tests: its own munged, slurmctld and
+two slurmd, with keys, sockets, ports and logs of their own. Whatever else runs on the machine is left alone.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """What SLURM knows of a job: JobState, ExitCode, Restarts, Reason and so on."""
         text = self.run("scontrol", "show", "job", "--oneliner", job)
-        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        words = [word.split("=", 1) for word in text.split() if "=" in word]
+        return dict(reversed(words))  # the first of a name: the job's own words come later
 
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]

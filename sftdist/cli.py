@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("sftdist.commands.export", "any checkpoint of a run as a verified Hugging Face folder, on one CPU"),
     "runs": ("sftdist.commands.runs", "the runs of a folder, and the checkpoints of a run"),
     "inspect": ("sftdist.commands.inspect", "what is trained, token by token"),
+    "pipeline": ("sftdist.commands.pipeline", "prepare, train, evaluate and publish, one after another"),
 }
 
 

@@ -83,7 +83,8 @@ class TrainResult:
 
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it starts torchrun's agent."""
-    return config.main(TrainConfig, run_rank if is_worker() else start, "train", checks=[engine_issues])
+    work = run_rank if is_worker() else start
+    return config.main(TrainConfig, work, "train", checks=[engine_issues], makes_runs=True)
 
 
 def engine_issues(cfg: TrainConfig) -> list[str]:
@@ -223,6 +224,7 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
+    say(f"attention: {trained.attention}")
     if world.is_main:
         write_outline(run_dir, causal_lm(trained.engine.module.model), corpus.template, trained.untrained)
     checkpoints = checkpoints_of(cfg, run_dir, trained, world)

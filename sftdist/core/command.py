@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ class Command(Generic[T]):
     """What `config.main` knows about a command; all that this file needs of a configuration.
 
     `load(overrides)` composes and checks, `pack` and `unpack` carry a configuration between ranks, `show` is its
-    YAML, `help` the list of keys, `expand` turns overrides with sweeps into one list per job, `run` does the work.
+    YAML, `help` the list of keys, `sweep(words)` runs the jobs of `-m`, `run` does the work.
     """
 
     name: str
@@ -36,7 +35,7 @@ class Command(Generic[T]):
     unpack: Callable[[dict[str, Any]], T]
     show: Callable[[T], str]
     help: Callable[[], str]
-    expand: Callable[[Sequence[str]], list[list[str]]]
+    sweep: Callable[[Sequence[str]], int]
     run: Callable[[T], object]
 
 
@@ -113,26 +112,15 @@ def _without_cfg(argv: list[str]) -> tuple[list[str], bool]:
 
 
 def _sweep(command: Command[T], overrides: list[str]) -> int:
-    """One whole job after another, each in a process of its own; the first exit code that is not 0."""
-    if is_worker():
-        if not _speaks():
-            return FAILED
-        raise ConfigError(
-            "-m: torchrun runs one job, a sweep is several; let each job start its own ranks: "
-            f"sftdist {command.name} -m {shlex.join(overrides)}"
-        )
-    jobs = command.expand(overrides)
-    for job in jobs:
-        command.load(job)  # a typo in the last job is found before the first one starts
-    codes = []
-    for number, job in enumerate(jobs, 1):
-        print(f"job {number} of {len(jobs)}: sftdist {command.name} {shlex.join(job)}", flush=True)
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-        done = subprocess.run([sys.executable, "-m", "sftdist.cli", command.name, *job], env=environment, check=False)
-        codes.append(done.returncode)
-    for job, code in zip(jobs, codes, strict=True):
-        print(f"exit {code}: {shlex.join(job)}", flush=True)
-    return next((code for code in codes if code), 0)
+    """A sweep is several jobs, each with ranks of its own: it is no job of torchrun's."""
+    if not is_worker():
+        return command.sweep(overrides)
+    if not _speaks():
+        return FAILED
+    raise ConfigError(
+        "-m: torchrun runs one job, a sweep is several; let each job start its own ranks: "
+        f"sftdist {command.name} -m {shlex.join(overrides)}"
+    )
 
 
 def _speaks() -> bool:

@@ -6,7 +6,6 @@ wrong types are found afterwards by `core.typed`, all at once, whether a key cam
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
@@ -22,7 +21,6 @@ from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -34,8 +32,10 @@ from typing_extensions import TypeVar
 from sftdist.core.command import Command, run_command
 from sftdist.core.errors import ConfigError
 from sftdist.core.mix import expand
+from sftdist.core.multirun import multirun
 from sftdist.core.rules import check
 from sftdist.core.settings import TrainConfig
+from sftdist.core.shipped import shipped_folder
 from sftdist.core.snapshot import (
     FILE,
     SECTIONS,
@@ -50,7 +50,7 @@ from sftdist.core.snapshot import (
     write_config,
 )
 from sftdist.core.typed import build, options, shown, to_plain
-from sftdist.core.words import Words, read_words, unreadable
+from sftdist.core.words import Words, read_words
 
 __all__ = [
     "FILE",
@@ -125,15 +125,22 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     checks: Sequence[Callable[[T], list[str]]] = (),
+    makes_runs: bool = False,
 ) -> int:
     """The command line of `sftdist prog`: compose, check, `run(cfg)`; the exit code, which `run` may return.
 
     Under torchrun rank 0 composes and the others get its result, so that an error is printed once and every rank
-    trains the same. `checks` are further rules on the configuration, reported together with all others.
+    trains the same. `checks` are further rules on the configuration, reported together with all others;
+    `makes_runs`: what it does belongs to a run directory, so that each job of a sweep (`-m`) gets its own.
     """
 
     def load(overrides: Sequence[str]) -> T:
         return compose(None, overrides, schema, complete=True, checks=checks)
+
+    def sweep(words: Sequence[str]) -> int:
+        with _conf():
+            search_path = GlobalHydra.instance().config_loader().get_search_path()
+        return multirun(prog, load, words, search_path, makes_runs=makes_runs)
 
     command = Command(
         name=prog,
@@ -142,7 +149,7 @@ def main(
         unpack=lambda values: from_dict(values, schema),
         show=to_yaml,
         help=lambda: help_text(schema, prog),
-        expand=expand_sweep,
+        sweep=sweep,
         run=run,
     )
     return run_command(command, sys.argv[1:] if argv is None else argv)
@@ -164,20 +171,6 @@ def help_text(schema: type, prog: str) -> str:
             *(f"  {left:<44} {right}" for left, right in rows),
         ]
     )
-
-
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """One list of overrides per job of a sweep: every combination of the values in `key=a,b`."""
-    choices, parser = [], OverridesParser.create()
-    for text in overrides:
-        try:
-            word = parser.parse_override(text)
-        except HydraException as error:
-            raise ConfigError(unreadable(text)) from error
-        key = text.partition("=")[0]
-        sweeps = word.is_sweep_override()
-        choices.append([f"{key}={value}" for value in word.sweep_string_iterator()] if sweeps else [text])
-    return [list(job) for job in itertools.product(*choices)]
 
 
 def _expand_home(cfg: TrainConfig) -> None:
@@ -209,10 +202,8 @@ def _conf() -> Iterator[None]:
 
 
 def conf_folder() -> Path:
-    """The package's conf: inside of it where it was installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+    """The package's conf."""
+    return shipped_folder("conf")
 
 
 def _group_names() -> list[str]:

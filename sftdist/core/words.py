@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 
@@ -58,3 +58,9 @@ def unreadable(text: str) -> str:
         return f"{text}: given a word without '=', required key=value"
     escaped = value.replace('"', '\\"')
     return f"{key}: the value has characters that need quotes; write '{key}=\"{escaped}\"'"
+
+
+def word(key: str, value: str) -> str:
+    """The word that sets `key` to exactly this text, whatever characters are in it."""
+    literal = value.replace("${", "\\${")  # else the start of an interpolation, in quotes too
+    return f"{key}={QuotedString(literal, Quote.single).with_quotes()}"

@@ -420,14 +420,6 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err, "a fault of ours shows where it is"
 
 
-def test_a_sweep_is_every_combination() -> None:
-    jobs = config.expand_sweep(["+exp=lora", "+data.mix={a:1,b:1},[1,2],balanced", "seed=1,2", "data.train=[x,y]"])
-    assert len(jobs) == 6
-    assert {job[0] for job in jobs} == {"+exp=lora"}
-    assert {job[1] for job in jobs} == {"+data.mix={a:1,b:1}", "+data.mix=[1,2]", "+data.mix=balanced"}
-    assert {job[3] for job in jobs} == {"data.train=[x,y]"}
-
-
 def test_a_sweep_inside_torchrun_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

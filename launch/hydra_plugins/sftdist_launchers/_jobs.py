@@ -1,0 +1,42 @@
+"""What the two launchers share: from the overrides that a sweeper has made to jobs, and back to what it reads."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from sftdist.core.errors import ConfigError
+from sftdist.core.sweep import Job, Sweep
+
+
+class JobLauncher(Launcher):
+    """A launcher whose jobs are whole `sftdist` commands. Only `sftdist COMMAND -m` can use it."""
+
+    sweep: Sweep
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if not isinstance(task_function, Sweep):
+            raise ConfigError("hydra/launcher: this one starts sftdist's own jobs; use it with sftdist COMMAND -m")
+        self.sweep = task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Run the jobs; each returns its metric, and None where it has none.
+
+        A failed one is no exception here: Hydra's sweepers would give the others up. The table names it.
+        """
+        jobs = [self.sweep.job(initial_job_idx + at, overrides) for at, overrides in enumerate(job_overrides)]
+        self.run(jobs)
+        metrics = [self.sweep.outcomes[job.number].metric for job in jobs]
+        return [
+            JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=metric)
+            for job, metric in zip(jobs, metrics, strict=True)
+        ]
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs and note what becomes of them."""

@@ -1,0 +1,224 @@
+"""`-m`: a sweep, by Hydra's own sweepers and launchers; each job is composed and run as `sftdist COMMAND WORDS`.
+
+Hydra composes its own node alone, from the words that begin with `hydra`; the other words are the sweeper's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sftdist.core.agent import PREEMPTED
+from sftdist.core.errors import ConfigError
+from sftdist.core.lock import RunLock
+from sftdist.core.settings import TrainConfig
+from sftdist.core.snapshot import one_line, to_dict
+from sftdist.core.sweep import FILE, Job, Sweep, SweepStopped, shared_run, sweep_name
+from sftdist.core.words import unreadable, word
+
+LAUNCHERS = {"torchrun": "TorchrunLauncher"}
+_PLUGINS = "hydra_plugins.sftdist_launchers"
+_RUNS = "runs"
+_SWEEPER = ("hydra/sweeper", "hydra.sweeper.")
+_LAUNCHER = ("hydra/launcher", "hydra.launcher.")
+Load = Callable[[Sequence[str]], TrainConfig]
+
+
+def multirun(command: str, load: Load, argv: Sequence[str], search_path: ConfigSearchPath, *, makes_runs: bool) -> int:
+    """Carry out a sweep; the exit code: 0, 75 where a signal has stopped it, else that of the first job that failed.
+
+    `load` composes and checks the words of a job, `search_path` is where conf's groups are; `makes_runs`: each job
+    makes a run directory. Raises ConfigError before any job starts.
+    """
+    hydra_words, words = _split(argv)
+    fixed = [item.get_key_element() for item in _parsed(words) if not item.is_sweep_override()]
+    loader = _Loader(load, search_path)
+    with _explained():
+        config = _hydra_node(loader, hydra_words)
+        runs = Path(str(config.hydra.sweep.dir))
+        name = sweep_name(command, [*words, *(item for item in hydra_words if _sets(item, _SWEEPER))])
+        make = partial(_job, load, runs=runs if makes_runs else None, group=name)
+        sweep = Sweep(command, runs / name, make, fixed)
+        config.hydra.sweep.dir = str(sweep.folder)  # where Hydra's sweepers put their files
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        task: Any = sweep  # Hydra hands it on to the launcher as it is
+        sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=task)
+    if config.hydra.runtime.choices["hydra/sweeper"] == "basic":
+        jobs = _product(config.hydra.sweeper.params or {}, words)
+        _compose_all(sweep, jobs)  # a typo in the last job is found before the first one starts
+    with RunLock(sweep.folder, wait_seconds=5.0):
+        return _carry_out(sweep, sweeper, words)
+
+
+def _carry_out(sweep: Sweep, sweeper: Sweeper, words: list[str]) -> int:
+    count = f"{len(sweep.jobs)} jobs" if sweep.jobs else "jobs"
+    print(f"{sweep.folder.name}: {count} of sftdist {sweep.command}; see {sweep.folder / FILE}", flush=True)
+    stopped = False
+    try:
+        with _explained():
+            sweeper.sweep(words)
+    except SweepStopped as end:
+        stopped = True
+        print(end, flush=True)
+    except ValueError as error:  # Optuna has no best trial where all have failed
+        if not sweep.code():
+            raise
+        print(f"hydra/sweeper: {error}", flush=True)
+    finally:
+        if sweep.outcomes:
+            print("\n".join(["", *sweep.table()]), flush=True)
+    return PREEMPTED if stopped else sweep.code()
+
+
+class _Loader(ConfigLoaderImpl):
+    """Hydra's loader for its own node; a job's configuration is what our command makes of its words."""
+
+    def __init__(self, load: Load, search_path: ConfigSearchPath) -> None:
+        super().__init__(search_path)
+        self._load = load
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        return OmegaConf.create(to_dict(self._load(sweep_overrides)))
+
+
+def _hydra_node(loader: _Loader, hydra_words: Sequence[str]) -> DictConfig:
+    """Hydra's configuration with our launchers; no process but this one sees it."""
+    for module, name in LAUNCHERS.items():
+        Plugins.instance().register(_plugin(module, name))
+    chosen = any(_sets(item, ("hydra/launcher",)) for item in hydra_words)
+    defaults = [f"hydra.sweep.dir={_RUNS}", *([] if chosen else ["hydra/launcher=torchrun"])]
+    config = loader.load_configuration(None, [*defaults, *hydra_words], RunMode.MULTIRUN)
+    launcher = config.hydra.runtime.choices["hydra/launcher"]
+    if launcher not in LAUNCHERS:
+        known = ", ".join(LAUNCHERS)
+        raise ConfigError(f"hydra/launcher: given {launcher}, required one that starts whole jobs: {known}")
+    return config
+
+
+def _plugin(module: str, name: str) -> Any:
+    """A launcher's class. An editable install of an earlier version does not have its folder on the path."""
+    try:
+        return vars(import_module(f"{_PLUGINS}.{module}"))[name]
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"-m: sftdist's Hydra launchers are not installed ({error}); install sftdist again"
+        ) from error
+
+
+def _job(load: Load, number: int, overrides: tuple[str, ...], *, runs: Path | None, group: str) -> Job:
+    """A job with its final words. `runs`: the folder of its run directory, unless its configuration names one."""
+    with _without_job_id():
+        cfg = load(overrides)
+    if runs is None or cfg.dry_run:
+        return Job(number, overrides, overrides, None, cfg)
+    run_dir = Path(str(cfg.run.dir))
+    if run_dir == Path(_RUNS, str(cfg.run.name)):  # the default
+        run_dir = runs / str(cfg.run.name)
+    own = [word("run.name", str(cfg.run.name)), word("run.dir", str(run_dir))]
+    own += [] if cfg.tracking.group else [word("tracking.group", group)]
+    return Job(number, overrides, (*overrides, *own), run_dir, cfg)
+
+
+@contextmanager
+def _without_job_id() -> Iterator[None]:
+    """All jobs of a sweep that runs inside a SLURM job would have that job's name."""
+    given = os.environ.pop("SLURM_JOB_ID", None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["SLURM_JOB_ID"] = given
+
+
+def _product(params: Mapping[str, str], words: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job, as Hydra's basic sweeper makes them."""
+    overrides = _parsed([*(f"{key}={value}" for key, value in params.items()), *words])
+    jobs: list[list[str]] = BasicSweeper.split_arguments(overrides, None)[0]
+    return jobs
+
+
+def _compose_all(sweep: Sweep, jobs: Sequence[Sequence[str]]) -> None:
+    """Compose every job. Raises ConfigError with all issues, each once."""
+    issues: dict[str, list[str]] = {}
+    for number, overrides in enumerate(jobs):
+        try:
+            job = sweep.job(number, overrides)
+            if issue := shared_run((sweep.jobs[other] for other in range(number) if other in sweep.jobs), job):
+                raise ConfigError(issue)
+        except ConfigError as error:
+            for issue in error.issues:
+                issues.setdefault(issue, []).append(str(number))
+    if issues:
+        everywhere = len(jobs)
+        raise ConfigError(
+            [
+                issue if len(numbers) == everywhere else f"job {', '.join(numbers)}: {issue}"
+                for issue, numbers in issues.items()
+            ]
+        )
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words for Hydra, and those of the jobs. `parallel=N` is short for hydra.launcher.parallel=N."""
+    hydra_words, words = [], []
+    for text in argv:
+        if text.startswith("parallel="):
+            hydra_words.append(f"hydra.launcher.{text}")
+        elif text.lstrip("+~").startswith(("hydra/", "hydra.")):
+            hydra_words.append(text)
+        else:
+            words.append(text)
+    allowed = (*_LAUNCHER, *_SWEEPER, "hydra.sweep.dir=")
+    issues = [
+        f"{item.partition('=')[0]}: a sweep takes only hydra/launcher, hydra/sweeper, their keys and hydra.sweep.dir; "
+        "where a job puts its files is run.dir"
+        for item in hydra_words
+        if not _sets(item, allowed)
+    ]
+    if issues:
+        raise ConfigError(issues)
+    return hydra_words, words
+
+
+def _sets(text: str, keys: tuple[str, ...]) -> bool:
+    return text.lstrip("+~").startswith(keys)
+
+
+def _parsed(words: Sequence[str]) -> list[Override]:
+    """Raises ConfigError that names every word that Hydra's grammar does not read."""
+    parser, found, issues = OverridesParser.create(), [], []
+    for text in words:
+        try:
+            found.append(parser.parse_override(text))
+        except HydraException:
+            issues.append(unreadable(text))
+    if issues:
+        raise ConfigError(issues)
+    return found
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What Hydra refuses is the user's to mend."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"-m: {one_line(error)}") from error

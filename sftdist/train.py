@@ -25,12 +25,16 @@ from sftdist.core.distributed import (
     die_with_parent,
     ignore_stop_signals,
     is_worker,
+    restart_count,
     session,
 )
 from sftdist.core.errors import CheckpointError, TrainingError
 from sftdist.core.failure import Failure, print_failure, write_failure
+from sftdist.core.ranklog import rank_log, tell
+from sftdist.core.nodes import Nodes
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import disk_explained, read_json, write_json
+from sftdist.core.words import word
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
 from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
@@ -93,18 +97,36 @@ def engine_issues(cfg: TrainConfig) -> list[str]:
 
 
 def start(cfg: TrainConfig) -> int:
-    """`sftdist train`: print the plan, or prepare small data and start the ranks of this machine."""
+    """`sftdist train`: print the plan, or prepare small data and start the ranks of this machine. Where it is one of
+    several nodes, the data is left to rank 0."""
     if cfg.dry_run:
         print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
     run_dir = Path(str(cfg.run.dir))
     with agent.stoppable():
         refuse_other_config(cfg, run_dir)
-        refuse_other_data(run_dir, ready_data(cfg))  # bad data ends here, before any rank exists
+        if cfg.launch.nodes == 1:
+            refuse_other_data(run_dir, ready_data(cfg))  # bad data ends here, before any rank exists
         if finished_before(run_dir) is not None:
             return agent.DONE
     nproc, grace_seconds = agent.ranks_here(cfg.launch.nproc), cfg.checkpoint.grace_seconds
-    return agent.launch(MODULE, sys.argv[1:], nproc, run_dir, grace_seconds, cfg.launch.max_restarts)
+    argv = [*sys.argv[1:], same_run(cfg)]
+    return agent.launch(MODULE, argv, nproc, run_dir, grace_seconds, cfg.launch.max_restarts, nodes_of(cfg))
+
+
+def nodes_of(cfg: TrainConfig) -> Nodes | None:
+    """Who trains together; None where this machine does so alone."""
+    launch = cfg.launch
+    return Nodes(launch.nodes, str(launch.address), launch.node_rank) if launch.nodes > 1 else None
+
+
+def same_run(cfg: TrainConfig) -> str:
+    """The word that holds the ranks to this run directory, also where a preset is edited before they start again: a
+    run's name and directory come from its configuration. Without a preset `run.dir` would make the run's own file the
+    base, and the command line's silence on a key would no longer mean its default."""
+    if cfg.exp == TrainConfig().exp:
+        return word("run.name", str(cfg.run.name))
+    return word("run.dir", str(cfg.run.dir))
 
 
 def run_rank(cfg: TrainConfig) -> int:
@@ -128,6 +150,8 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
     """
     run_dir = Path(str(cfg.run.dir))
     with ExitStack() as stack:
+        if is_worker():
+            stack.enter_context(rank_log(run_dir, restart_count() + 1))
         stop = stack.enter_context(stop_signals())
         opening = open_run(cfg, run_dir, stack, partial(ready_data, cfg, dataset, tokenizer))
         if opening.finished:
@@ -153,14 +177,14 @@ def stop_signals() -> Iterator[StopSignal]:
 
 def report(run_dir: Path, failure: Failure) -> None:
     """The first failure of all ranks, on the screen, in a file of its own, and as the run's status."""
-    print_failure(failure)
+    print_failure(failure, run_dir)
     try:
         write_failure(run_dir, failure)
         agent.write_status(
             run_dir, "failed", failure.code, failure.message, failure.step, rank=failure.rank, retry=failure.retry
         )
     except OSError as error:  # a full disk may be the very failure: its reason is on the screen already
-        print(f"sftdist: {run_dir}: the failure could not be written down ({error})", file=sys.stderr, flush=True)
+        tell(f"sftdist: {run_dir}: the failure could not be written down ({error})")
 
 
 def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> Prepared:

@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,13 +28,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, started_again, stops_at_once
-from sftdist.core.failure import lines, read_failure
+from sftdist.core.failure import KILLED, headline, read_failure, where
+from sftdist.core.nodes import Nodes, rendezvous, require_port
 from sftdist.core.oom import oom_kills
+from sftdist.core.ranklog import fresh_line, last_words, log_file
 from sftdist.core.start import START_VARIABLE, this_start
 from sftdist.core.storage import read_json, write_json
 
 DONE, FAILED, BAD_CONFIG, BAD_DATA, GATE, PREEMPTED = 0, 1, 2, 3, 4, 75
 STATUS = "status.json"
+SETTLE_SECONDS = 5.0  # for the status to be written on another node and to be seen on this one
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
@@ -109,18 +113,29 @@ def stoppable() -> Iterator[None]:
 
 
 def launch(
-    module: str, argv: Sequence[str], nproc: int, run_dir: Path, grace_seconds: float, max_restarts: int = 0
+    module: str,
+    argv: Sequence[str],
+    nproc: int,
+    run_dir: Path,
+    grace_seconds: float,
+    max_restarts: int = 0,
+    nodes: Nodes | None = None,
 ) -> int:
     """Run `python -m module argv` on `nproc` ranks under torchrun's agent; the exit code from `run_dir/status.json`.
+
+    With `nodes` the agents of all nodes start one group of ranks together, and each of these calls returns the same
+    code. Raises ConfigError where this node is to host their meeting and the port is in use.
 
     Stop signals are passed on once, so that a cluster that signals every process cannot cut a save short; a second
     Ctrl-C is passed on, too, and ends the ranks at once. The ranks have `grace_seconds` to save after a signal; after
     a failure they are started again up to `max_restarts` times. The agent and the ranks die with this process.
     """
+    if nodes is not None:
+        require_port(nodes)
     run_dir.mkdir(parents=True, exist_ok=True)
-    start = uuid.uuid4().hex
+    start, before = uuid.uuid4().hex, read_status(run_dir)
     command = [
-        *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), "--standalone"),
+        *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), *rendezvous(nodes, grace_seconds)),
         *("--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts), "--signals-to-handle", FORWARDED),
         *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module, *argv),
     ]
@@ -130,6 +145,8 @@ def launch(
     # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on.
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     seen = _wait(child)
+    if nodes is not None and child.returncode != BAD_CONFIG:
+        start = _name_of_start(run_dir, before) or start
     return _exit_code(run_dir, start, child.returncode, stopped=bool(seen))
 
 
@@ -151,6 +168,19 @@ def _wait(child: subprocess.Popen[bytes]) -> Counter[int]:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return seen
+
+
+def _name_of_start(run_dir: Path, before: dict[str, Any] | None) -> str | None:
+    """What the ranks called this start, where one of several nodes named it: the status is another than `before`."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        status = read_status(run_dir)
+        if status is not None and (before is None or status["start"] != before["start"]):
+            if status["state"] != "running" or time.monotonic() > deadline:
+                return str(status["start"])
+        elif time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
 
 
 def _status_of(run_dir: Path, start: str | None) -> dict[str, Any] | None:
@@ -222,28 +252,53 @@ def _outlast_ranks(seconds: float) -> None:
 
 
 def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory: bool) -> int:
-    """Say what ended the ranks: what the first one that failed has left, or what is known of one that had no time to
-    speak. The code that this process ends with: PREEMPTED where a rank did not yet take a stop signal over."""
+    """Say on the last lines what ended the ranks: the first failure, which a rank has told in full where it could, or
+    what is known of a rank that had no time to speak, and the last lines of its log. The code that this process ends
+    with: PREEMPTED where a rank did not yet take a stop signal over."""
     status = _status_of(run_dir, this_start())
     if status is not None and status["state"] != "running":
         left = read_failure(run_dir)
         if left is not None and left.start == this_start():
-            print("\n".join(lines(left, run_dir)), file=sys.stderr, flush=True)
+            silent = left.kind == KILLED
+            known = _cause(failure, out_of_memory=out_of_memory) if silent and left.rank == rank else None
+            _say(headline(left, known), *_tail(run_dir, left.rank) if silent else (), where(left, run_dir))
         return FAILED
     if -failure.exitcode in STOP_SIGNALS:
         return PREEMPTED
-    if failure.exitcode < 0:
-        reason = f"rank {rank} (process {failure.pid}) was ended by {failure.signal_name()}"
+    who = f"rank {rank} on {socket.gethostname()} (process {failure.pid})"
+    reason = f"{who} died: {_cause(failure, out_of_memory=out_of_memory)}"
+    tail = _tail(run_dir, rank)
+    if tail:
+        _say(f"sftdist: error: {reason}", *tail, f"its log is {log_file(run_dir, rank)}")
     else:
-        reason = f"rank {rank} (process {failure.pid}) ended with exit code {failure.exitcode}"
-    if out_of_memory:
-        reason += ": the host's memory ran out; use fewer ranks per host, or smaller packs (train.pack_tokens)"
-    elif failure.exitcode == -signal.SIGKILL:
-        reason += ": someone or the kernel killed it; look at the host's memory and at the scheduler's log"
-    print(f"sftdist: error: {reason}; its last lines are above", file=sys.stderr, flush=True)
+        _say(f"sftdist: error: {reason}; its last lines are above")
     if status is not None:
         write_status(run_dir, "failed", FAILED, reason, step=status["step"], rank=rank)
     return FAILED
+
+
+def _cause(failure: ProcessFailure, *, out_of_memory: bool) -> str:
+    code = failure.exitcode
+    cause = f"ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
+    if out_of_memory:
+        return f"{cause}: the host's memory ran out; use fewer ranks per host, or smaller packs (train.pack_tokens)"
+    hint = _SIGNALS.get(-code)
+    return f"{cause}: {hint}" if hint else cause
+
+
+_SIGNALS: dict[int, str] = {
+    signal.SIGKILL: "someone or the kernel killed it; look at the host's memory and at the scheduler's log",
+    signal.SIGBUS: "most often /dev/shm is full (df /dev/shm), or a file was cut while it was mapped",
+}
+
+
+def _tail(run_dir: Path, rank: int) -> list[str]:
+    words = [f"  | {line}" for line in last_words(run_dir, rank)]
+    return ["the last lines of its log:", *words] if words else []
+
+
+def _say(*lines: str) -> None:
+    print(fresh_line(sys.stderr) + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

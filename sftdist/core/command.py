@@ -57,7 +57,8 @@ def run_command(command: Command[T], argv: Sequence[str]) -> int:
         return INTERRUPTED
     except Exception as error:  # the boundary: a fault of ours keeps its traceback and still ends with a code
         _record(error)
-        traceback.print_exc()
+        if not vars(error).get("reported"):  # a session has said it, traceback and all
+            traceback.print_exc()
         return FAILED
 
 

@@ -187,8 +187,8 @@ def session(
         if isinstance(error, SystemExit) and not error.code:
             _leave(peers)
             raise
-        if isinstance(error, SftdistError):
-            error.reported = True
+        if isinstance(error, SftdistError) or peers is not None:
+            vars(error)["reported"] = True
         if peers is None:
             report(failure_of(error, rank, world.progress.now))
             raise

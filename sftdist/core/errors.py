@@ -11,7 +11,8 @@ from collections.abc import Sequence
 class SftdistError(Exception):
     """Base of every error that ends a command with a message instead of a traceback.
 
-    `reported`: a session has said it already, with the rank and what that was doing.
+    `reported`: a session has said it already, with the rank and what that was doing. Under torchrun a session marks
+    every exception so, and says its traceback, too.
     """
 
     exit_code = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import traceback
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from sftdist.core.errors import SftdistError, StartupError, TrainingError
 from sftdist.core.progress import Activity
+from sftdist.core.ranklog import log_file, tell
 from sftdist.core.start import this_start
 from sftdist.core.storage import read_json, write_json
 
@@ -19,6 +19,7 @@ FILE = Path("log", "failure.json")
 ERROR, KILLED, LOST, STALLED = "error", "killed", "lost", "stalled"
 _HAPPENED = {ERROR: "failed", KILLED: "died", LOST: "was lost", STALLED: "stands still"}
 _ROWS_SHOWN = 10
+_CAUSE_SHOWN = 300  # characters
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,42 @@ def read_failure(run_dir: Path) -> Failure | None:
 
 
 def lines(failure: Failure, run_dir: Path | None = None) -> list[str]:
-    """What is said of a failure: who, where, the reason; the traceback of a fault of ours; the first rows; the file."""
-    who = f"rank {failure.rank} on {failure.host} (process {failure.pid}) {_HAPPENED[failure.kind]}"
-    said = [f"sftdist: error: {who} {_while(failure)}: {failure.message}"]
+    """What is said of a failure: who, where, the reason; the traceback of a fault of ours, the first rows, files."""
+    said = [f"{_who(failure)}: {failure.message}"]
     if failure.traceback and not failure.expected:
         said += failure.traceback.rstrip().split("\n")
     if failure.rows and failure.rows[0] not in failure.message:
         more = len(failure.rows) - _ROWS_SHOWN
         said.append(f"rows of that step: {', '.join(failure.rows[:_ROWS_SHOWN])}{f' and {more} more' * (more > 0)}")
     if run_dir is not None:
-        said.append(f"all of it is in {run_dir / FILE}")
+        said.append(where(failure, run_dir))
     return said
 
 
-def print_failure(failure: Failure) -> None:
-    """The default report: standard error. An exception's traceback is left to whoever catches it."""
-    shown = replace(failure, traceback="") if failure.kind == ERROR else failure
-    print("\n".join(lines(shown)), file=sys.stderr, flush=True)
+def headline(failure: Failure, cause: str | None = None) -> str:
+    """Who failed, where, and the first line of the reason (or another cause), where all of it has been said before."""
+    first, *more = (cause or failure.message).split("\n")
+    short = first if len(first) <= _CAUSE_SHOWN and not more else f"{first[:_CAUSE_SHOWN]} ..."
+    return f"{_who(failure)}: {short}"
+
+
+def where(failure: Failure, run_dir: Path) -> str:
+    """The files that say more."""
+    log = log_file(run_dir, failure.rank)
+    return f"its log is {log}; " * log.is_file() + f"all of it is in {run_dir / FILE}"
+
+
+def print_failure(failure: Failure, run_dir: Path | None = None) -> None:
+    """The default report: the console and the log of this rank. In a program of the user's own, which is one process,
+    an exception's traceback is left to whoever catches it."""
+    alone = "RANK" not in os.environ
+    shown = replace(failure, traceback="") if failure.kind == ERROR and alone else failure
+    tell("\n".join(lines(shown, None if alone else run_dir)))
+
+
+def _who(failure: Failure) -> str:
+    who = f"rank {failure.rank} on {failure.host} (process {failure.pid}) {_HAPPENED[failure.kind]}"
+    return f"sftdist: error: {who} {_while(failure)}"
 
 
 def _while(failure: Failure) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from sftdist.core.failure import KILLED, LOST, STALLED, Failure, failure_of, her
 from sftdist.core.oom import oom_kills
 from sftdist.core.processes import alive, stopped
 from sftdist.core.progress import Awake, LastChange, Progress
+from sftdist.core.ranklog import tell
 from sftdist.core.standstill import HangWatch, everybody
 from sftdist.core.vitals import Vitals
 
@@ -243,7 +243,7 @@ class Peers:
             with suppress(ProcessLookupError):
                 os.kill(first.pid, signal.SIGKILL)
         if self._me.number == self._me.local.start and first.reporter not in self._me.local:
-            print(first.text, file=sys.stderr, flush=True)
+            tell(first.text)
         if not self._left.wait(LAST_WORDS_SECONDS) and not (self._failing.is_set() and self._left.wait(REPORT_SECONDS)):
             _end(first.text)
 

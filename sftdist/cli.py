@@ -16,6 +16,7 @@ COMMANDS = {
     "runs": ("sftdist.commands.runs", "the runs of a folder, and the checkpoints of a run"),
     "inspect": ("sftdist.commands.inspect", "what is trained, token by token"),
     "pipeline": ("sftdist.commands.pipeline", "prepare, train, evaluate and publish, one after another"),
+    "doctor": ("sftdist.commands.doctor", "what this machine has for training, what it lacks, and what to do"),
 }
 
 

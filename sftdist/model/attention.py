@@ -8,7 +8,7 @@ Whatever a layer passes that the backend does not honour is refused by name, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,9 @@ class Choice:
 
     name: str
     rejected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'; '.join(self.rejected)})" if self.rejected else self.name
 
 
 def implementation(name: str) -> str:
@@ -151,12 +154,6 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, config: PreTra
 
 def _setting(config: PreTrainedConfig, name: str) -> Any:
     return getattr(config, name, None)  # a foreign class with fields that differ by architecture
-
-
-def available(names: Iterable[str] = PREFERENCE) -> dict[str, str]:
-    """Backend name -> '' or the reason why it cannot be imported, for the doctor."""
-    opened = {name: open_backend(name) for name in names}
-    return {name: backend if isinstance(backend, str) else "" for name, backend in opened.items()}
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]

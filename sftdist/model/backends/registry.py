@@ -15,8 +15,10 @@ def open_backend(name: str) -> Backend | str:
     """The backend, or one line that says why it cannot be imported (absent, or built for another torch)."""
     try:
         module = import_module(f"sftdist.model.backends.{name}")
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{name} cannot be imported: {str(error).strip().splitlines()[0]}"
+    except ModuleNotFoundError as error:
+        return f"{name} is not installed" if error.name == name else _broken(name, error)
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        return _broken(name, error)
     backend: Backend = module.BACKEND
     return backend
 
@@ -34,5 +36,14 @@ def runs_on(
             output = backend(query, key, value, Documents.of_lengths([4, 2], device), LayerArguments(scaling=1.0))
             torch.autograd.grad(output.sum(), (query, key, value))
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return f"{backend.name} does not run on {device}: {str(error).strip().splitlines()[0]}"
+        # torch goes on with a list of all that it could run on
+        return f"{backend.name} does not run on {device}: {_first_line(error).partition('. ')[0]}"
     return ""
+
+
+def _broken(name: str, error: Exception) -> str:
+    return f"{name} cannot be imported: {_first_line(error)} (sftdist doctor says what would fit)"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from sftdist.core.errors import ConfigError
-from sftdist.model.attention import available, choose, layer_arguments, needs
+from sftdist.model.attention import choose, layer_arguments, needs
 from sftdist.model.backends import sdpa
 from sftdist.model.backends.interface import Backend, Documents, LayerArguments
 from sftdist.model.backends.registry import open_backend
@@ -151,7 +151,13 @@ def test_a_backend_that_lacks_what_the_model_needs_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10')", "raise OSError('libcudart')"]
+    "content",
+    [
+        "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10')",
+        "raise OSError('libcudart')",
+        "raise AttributeError('triton has no attribute')",
+        "raise ModuleNotFoundError('No module named einops', name='einops')",
+    ],
 )
 def test_a_broken_flash_attn_is_reported_and_passed_over(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,8 +171,18 @@ def test_a_broken_flash_attn_is_reported_and_passed_over(
     assert isinstance(reason, str)
     assert "cannot be imported" in reason
     assert content.split("'")[1] in reason
-    assert available() == {"flash_attn": reason, "torch_varlen": "", "sdpa": ""}
-    assert choose("auto", CPU, torch.float32, AutoConfig.for_model(**shape("llama"))).name == "sdpa"
+    assert "sftdist doctor" in reason
+    config = AutoConfig.for_model(**shape("llama"))
+    choice = choose("auto", CPU, torch.float32, config)
+    assert choice.name == "sdpa"
+    assert choice.rejected[0] == reason
+    with pytest.raises(ConfigError) as refused:
+        choose("flash_attn", CPU, torch.float32, config)
+    assert str(refused.value) == f"model.attention=flash_attn: {reason}; set model.attention=auto"
+
+
+def test_an_absent_flash_attn_is_not_called_broken() -> None:
+    assert open_backend("flash_attn") == "flash_attn is not installed"
 
 
 def test_a_working_flash_attn_is_called_with_windows_that_count_the_keys_before_the_query(

@@ -52,7 +52,10 @@ KillWait=60
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -148,8 +151,12 @@ class Cluster:
         return found["JobState"], int(found["ExitCode"].split(":")[0])
 
     def start_now(self, job: str) -> None:
-        """Let a requeued job start without the two minutes that SLURM holds it."""
+        """Let a requeued job start without the two minutes that SLURM holds it.
+
+        Not within the second in which its last start ended: its node takes the new one for that one, and fails it.
+        """
         self.until_state(job, "PENDING")
+        time.sleep(2)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def _start_munge(self, stack: ExitStack, folder: Path) -> None:
@@ -180,7 +187,7 @@ class Cluster:
 
     def _idle(self) -> bool:
         try:
-            return self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]
+            return self.run("sinfo", "--noheader", "--partition=main", "--format=%T %D").split() == ["idle", "2"]
         except AssertionError:  # the controller does not listen yet
             return False
 

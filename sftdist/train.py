@@ -30,8 +30,8 @@ from sftdist.core.distributed import (
 )
 from sftdist.core.errors import CheckpointError, TrainingError
 from sftdist.core.failure import Failure, print_failure, write_failure
-from sftdist.core.ranklog import rank_log, tell
 from sftdist.core.nodes import Nodes
+from sftdist.core.ranklog import rank_log, tell
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import disk_explained, read_json, write_json
 from sftdist.core.words import word
@@ -162,7 +162,10 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
         watched = session(report=partial(report, run_dir), lost_seconds=lost, hang_seconds=hang)
         world = stack.enter_context(watched)
         stack.enter_context(disk_explained(run_dir))
-        return train(cfg, opening, world, stop, run_dir)
+        result = train(cfg, opening, world, stop, run_dir)
+        if world.is_main:  # below the bar, and after what W&B had to say
+            print(ending(run_dir, result.state, result.step), flush=True)
+        return result
 
 
 @contextmanager
@@ -420,7 +423,7 @@ def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Call
         config=snapshot.to_dict(cfg),
         say=say,
     )
-    return tracker.followed_by(open_console(steps, first_step=step), *followers)
+    return tracker.followed_by(*open_console(steps, first_step=step), *followers)
 
 
 def export_of(job: Job, state: TrainState) -> Path | None:
@@ -433,13 +436,12 @@ def export_of(job: Job, state: TrainState) -> Path | None:
 
 
 def finish(job: Job, state: TrainState, export: Path | None) -> TrainResult:
-    """Say in `status.json`, the ledger and on the screen how the run ended: without an export it was stopped."""
+    """Say in `status.json` and in the ledger how the run ended: without an export it was stopped."""
     name = "preempted" if export is None else "done"
     if job.world.is_main:
         code = agent.PREEMPTED if export is None else agent.DONE
         agent.write_status(job.run_dir, name, code, "", step=state.step)
         record_in_ledger(job.cfg, job.corpus, name, state)
-        print(ending(job.run_dir, name, state.step), flush=True)
     job.world.barrier()  # nobody leaves before the file says how it ended
     return TrainResult(name, state.step, job.run_dir, export)
 

@@ -6,6 +6,7 @@ LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -91,7 +92,11 @@ def attach(model: PreTrainedModel, spec: LoraSpec, *, train_rows: Sequence[int] 
         trainable_token_indices=_row_targets(model, train_rows) or None,
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():  # PEFT asks a question that transformers has renamed: nobody here can change it
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"tune.target={spec.target}: {error}") from error
     return adapted, Coverage(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
+from sftdist.core.ranklog import Copied, plain
 from sftdist.training.tracking import Sink
 
 SMOOTHING = 0.1  # of the step time, for the time left
@@ -18,29 +21,78 @@ EVERY_SECONDS = 10.0
 FIRST_LINES = 5
 
 
+class Out(Protocol):
+    """Where plain lines go."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+
+class Pace:
+    """The time left, from the smoothed time of a step: rich's own needs two steps within half a minute."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._step_seconds: float | None = None
+
+    def left(self, line: Mapping[str, Any]) -> timedelta:
+        """After a training line."""
+        self._step_seconds = smoothed(self._step_seconds, line["step_seconds"])
+        return timedelta(seconds=round((self._total - line["step"]) * self._step_seconds))
+
+
+class Above:
+    """Prints whole lines above a progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rest = ""
+
+    def write(self, text: str) -> None:
+        *whole, self._rest = (self._rest + text).split("\n")
+        if whole:
+            # The terminal breaks a long line itself: a path stays one word to whoever copies it.
+            said = "\n".join(map(plain, whole))
+            self._console.print(said, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
 class ProgressConsole:
-    """A bar with loss, learning rate, tokens per second and time left; evaluations are printed above it."""
+    """A bar with loss, learning rate, tokens per second and time left. What others print meanwhile, and evaluations,
+    stand above it."""
 
     def __init__(self, total_steps: int, *, first_step: int, console: Console) -> None:
+        # The streams of a rank are copied to its log: they are told to print above. Others are rich's to replace.
+        self._streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Copied)]
+        self._above = Above(console)
+        self._pace = Pace(total_steps)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
             console=console,
             refresh_per_second=2,
+            expand=True,
+            redirect_stdout=not self._streams,
+            redirect_stderr=not self._streams,
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=first_step, figures="")
         self._progress.start()
+        # A rank that is killed cannot give the cursor back: so it is never taken.
+        console.show_cursor(True)
+        for stream in self._streams:
+            stream.show = self._above.write
 
     def line(self, line: Mapping[str, Any]) -> None:
         if line["kind"] == "train":
-            self._progress.update(self._task, completed=line["step"], figures=train_figures(line))
+            figures = f"{train_figures(line)}  left {self._pace.left(line)}"
+            self._progress.update(self._task, completed=line["step"], figures=figures)
         else:
-            self._progress.console.print(other_line(line), markup=False, highlight=False)
+            self._above.write(other_line(line) + "\n")
 
     def close(self, state: str) -> None:
+        for stream in self._streams:
+            stream.show = stream.console.write
         self._progress.stop()
 
 
@@ -51,26 +103,25 @@ class PlainConsole:
         self,
         total_steps: int,
         *,
-        out: TextIO,
+        out: Out,
         every_seconds: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._out, self._every, self._clock = total_steps, out, every_seconds, clock
         self._last_print = -every_seconds
         self._lines = 0
-        self._step_seconds: float | None = None
+        self._pace = Pace(total_steps)
 
     def line(self, line: Mapping[str, Any]) -> None:
         if line["kind"] != "train":
             self._print(other_line(line))
             return
-        self._step_seconds = smoothed(self._step_seconds, line["step_seconds"])
+        left = self._pace.left(line)
         now = self._clock()
         self._lines += 1
         if self._lines > FIRST_LINES and now - self._last_print < self._every and line["step"] != self._total:
             return
         self._last_print = now
-        left = timedelta(seconds=round((self._total - line["step"]) * self._step_seconds))
         self._print(f"step {line['step']}/{self._total}  {train_figures(line)}  left {left}")
 
     def close(self, state: str) -> None:
@@ -81,12 +132,21 @@ class PlainConsole:
         self._out.flush()
 
 
-def open_console(total_steps: int, *, first_step: int, out: TextIO = sys.stdout) -> Sink:
-    """The bar where `out` is a terminal, plain lines elsewhere; `first_step` steps are done already."""
-    console = Console(file=out)
-    if console.is_terminal and not console.is_dumb_terminal:
-        return ProgressConsole(total_steps, first_step=first_step, console=console)
-    return PlainConsole(total_steps, out=out)
+def open_console(total_steps: int, *, first_step: int) -> list[Sink]:
+    """The bar where standard output is a terminal, and plain lines in the rank's log beside it; elsewhere plain lines.
+    `first_step` steps are done already."""
+    out: TextIO | Copied = sys.stdout
+    if not takes_bar(out):
+        return [PlainConsole(total_steps, out=out)]
+    if not isinstance(out, Copied):
+        return [ProgressConsole(total_steps, first_step=first_step, console=Console(file=out))]
+    log = PlainConsole(total_steps, out=out.log)
+    return [ProgressConsole(total_steps, first_step=first_step, console=Console(file=out.console)), log]
+
+
+def takes_bar(out: TextIO | Copied) -> bool:
+    """A terminal that moves its cursor, whose user has not asked for plain text (NO_COLOR)."""
+    return out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown") and not os.environ.get("NO_COLOR")
 
 
 def smoothed(average: float | None, seconds: float) -> float:

@@ -54,7 +54,8 @@ def contract(
         micro = {len(packs) for packs in dealt}
         assert len(micro) == 1, "deal gives every rank the same number of packs"
         common = same_on_every_rank(world, "the plan", plan.fingerprint)
-        return f"plan {common}, {micro.pop()} micro-batches each in step 1"
+        count = micro.pop()
+        return f"plan {common}, {count} micro-batch{'es' * (count != 1)} each in step 1"
 
     def supervision_figures() -> str:
         reached = set(trained.coverage.token_rows) if trained.coverage else set(trained.untrained)

@@ -379,6 +379,7 @@ def partitioned_init(spec: EngineSpec, world: World) -> Iterator[None]:
         yield
         return
     _join_deepspeed()
+    _ignore_renamed()
     switch = HfDeepSpeedConfig(deepspeed_config(replace(spec, precision="fp32"), world.size))
     try:
         yield
@@ -470,10 +471,15 @@ def _one_token() -> Batch:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its memory while it starts, and calls functions that torch has renamed."""
-    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    """DeepSpeed prints its memory while it starts."""
+    _ignore_renamed()
     with redirect_stdout(io.StringIO()):
         yield
+
+
+def _ignore_renamed() -> None:
+    """DeepSpeed calls functions that torch has renamed, from its first step to its last: nobody here can change it."""
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def _outer(name: str) -> str:

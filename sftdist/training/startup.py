@@ -39,7 +39,9 @@ def run_checks(world: World, checks: Sequence[Check], say: Callable[[str], None]
     for number, check in enumerate(checks, 1):
         started = time.perf_counter()
         figures = together(world, check.figures)
-        say(f"check {number:2d}/{len(checks)} {check.name}: {figures} ({time.perf_counter() - started:.1f} s)")
+        first, *more = figures.rstrip().split("\n")
+        head = f"check {number:2d}/{len(checks)} {check.name}: {first} ({time.perf_counter() - started:.1f} s)"
+        say("\n".join((head, *more)))
 
 
 def together(world: World, find: Callable[[], Found]) -> Found:

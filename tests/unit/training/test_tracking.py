@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 import tempfile
 import time
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sftdist.training.console import PlainConsole, ProgressConsole, open_console, other_line
+from sftdist.training.console import Pace, PlainConsole, ProgressConsole, open_console, other_line
 from sftdist.training.meter import PEAK_FLOPS, Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, evaluated, evaluation_losses, open_tracker
 
@@ -152,8 +153,39 @@ def test_last_step_is_always_printed() -> None:
     assert out.getvalue().splitlines()[-1].startswith("step 8/8 ")
 
 
-def test_bar_on_a_terminal_and_lines_elsewhere() -> None:
-    assert isinstance(open_console(10, first_step=0, out=io.StringIO()), PlainConsole)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("out", "variables", "kind"),
+    [
+        (Terminal(), {"TERM": "xterm"}, ProgressConsole),
+        (Terminal(), {"TERM": "dumb"}, PlainConsole),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, PlainConsole),
+        (io.StringIO(), {"TERM": "xterm", "FORCE_COLOR": "1"}, PlainConsole),
+    ],
+)
+def test_a_bar_where_the_terminal_takes_one(
+    monkeypatch: pytest.MonkeyPatch, out: io.StringIO, variables: dict[str, str], kind: type[object]
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", out)
+    (console,) = open_console(10, first_step=0)
+    console.close("done")
+    assert type(console) is kind
+
+
+def test_the_time_left_of_slow_steps() -> None:
+    """rich's own estimate knows none where a step takes more than half a minute."""
+    pace = Pace(100)
+    assert [str(pace.left({"step": step, "step_seconds": 90.0})) for step in (1, 2)] == ["2:28:30", "2:27:00"]
+
+
+def test_the_bar_and_what_is_said_above_it() -> None:
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, width=120, color_system=None)
     bar = ProgressConsole(10, first_step=4, console=terminal)
@@ -162,7 +194,7 @@ def test_bar_on_a_terminal_and_lines_elsewhere() -> None:
     bar.close("done")
     text = out.getvalue()
     assert "eval at step 5: loss 2.3100" in text
-    assert " 5/10 loss 2.5000  lr 1.95e-05  2,346 tokens/s" in text
+    assert re.search(r"\r\x1b\[2K 5/10 \S+ +loss 2\.5000  lr 1\.95e-05  2,346 tokens/s  left 0:00:10\n", text)
 
 
 FACTS = StepFacts(

@@ -33,6 +33,7 @@ from sftdist.core.command import Command, run_command
 from sftdist.core.errors import ConfigError
 from sftdist.core.mix import expand
 from sftdist.core.multirun import multirun
+from sftdist.core.resolve import literal, resolved, resolved_text
 from sftdist.core.rules import check
 from sftdist.core.settings import TrainConfig
 from sftdist.core.shipped import shipped_folder
@@ -44,12 +45,13 @@ from sftdist.core.snapshot import (
     from_dict,
     one_line,
     read_config,
+    read_values,
     read_yaml,
     to_dict,
     to_yaml,
     write_config,
 )
-from sftdist.core.typed import build, options, shown, to_plain
+from sftdist.core.typed import options, shown, to_plain
 from sftdist.core.words import Words, read_words
 
 __all__ = [
@@ -96,7 +98,7 @@ def compose(
     with _conf():
         container = _merge(words, schema)
         issues = words.issues
-        cfg = build(schema, container, issues)
+        cfg = read_values(container, schema, issues)
         issues += expand(cfg.data, _named_mix)
         _expand_home(cfg)
         if not words.refused:  # with a group missing, the rules would only report its absence again
@@ -110,6 +112,13 @@ def compose(
     cfg.run.name = cfg.run.name or _name(cfg)
     cfg.run.dir = cfg.run.dir or f"runs/{cfg.run.name}"
     return cfg
+
+
+def search_path() -> ConfigSearchPath:
+    """Where Hydra looks for groups: conf, and the working directory's ./conf."""
+    with _conf():
+        found: ConfigSearchPath = GlobalHydra.instance().config_loader().get_search_path()
+    return found
 
 
 def presets() -> list[str]:
@@ -138,9 +147,7 @@ def main(
         return compose(None, overrides, schema, complete=True, checks=checks)
 
     def sweep(words: Sequence[str]) -> int:
-        with _conf():
-            search_path = GlobalHydra.instance().config_loader().get_search_path()
-        return multirun(prog, load, words, search_path, makes_runs=makes_runs)
+        return multirun(prog, load, words, search_path(), makes_runs=makes_runs)
 
     command = Command(
         name=prog,
@@ -219,11 +226,8 @@ def _options(group: str) -> list[str]:
 
 def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
     """Defaults, then an existing run or the groups and the preset, then the command line: as a plain container."""
-    merged = OmegaConf.create(to_plain(schema()))
-    run_dir = words.value("run.dir")
+    merged = OmegaConf.create(literal(to_plain(_base(words, schema))))
     try:
-        if "exp" not in words.groups and isinstance(run_dir, str) and (Path(run_dir) / FILE).is_file():
-            merged = OmegaConf.merge(merged, read_yaml(Path(run_dir) / FILE))
         chosen = {group: name for group, name in words.groups.items() if _chosen(group, name, words)}
         composed = hydra_compose(_BASE, overrides=[f"{group}={_quoted(name)}" for group, name in chosen.items()])
         layers = [composed, *(hydra_compose(f"{group}/{name}") for group, name in chosen.items() if group != "exp")]
@@ -237,10 +241,18 @@ def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
             merged.exp = chosen["exp"]
         for word in words.values:
             _apply(merged, word, words.issues)
-        container: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
+        return resolved(merged, words.issues)
     except _COMPOSITION_ERRORS as error:
         raise ConfigError([*words.issues, f"conf: {one_line(error)}"]) from error
-    return container
+
+
+def _base(words: Words, schema: type[T]) -> T:
+    """The defaults, or without a preset the existing run in `run.dir`."""
+    run_dir = resolved_text(words.value("run.dir"))
+    file = None if run_dir is None or "exp" in words.groups else Path(run_dir).expanduser() / FILE
+    if file is None or not file.is_file():
+        return schema()
+    return read_values(read_yaml(file), schema, words.issues, f"{file}: ")
 
 
 def _chosen(group: str, name: str, words: Words) -> bool:

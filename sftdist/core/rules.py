@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from sftdist.core.migrations import version_issue
 from sftdist.core.mix import lambda_issue
-from sftdist.core.settings import CONFIG_VERSION, DataConfig, ExportConfig, Init, Method, Offload, TrainConfig
+from sftdist.core.settings import DataConfig, ExportConfig, Init, Method, Offload, TrainConfig
 from sftdist.core.typed import shown
 
 # key: the least value; None is always allowed where the schema allows it.
@@ -66,11 +67,8 @@ def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
 
     `complete=False` leaves out what may still come as objects in memory: data, model and tokenizer.
     """
-    if cfg.config_version != CONFIG_VERSION:
-        return [
-            f"config_version: given {cfg.config_version}, this version of sftdist reads {CONFIG_VERSION}; "
-            "use the sftdist that wrote it, or start from a current preset"
-        ]
+    if issue := version_issue(cfg.config_version):
+        return [issue]
     issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg), *_nodes(cfg)]
     if complete:
         issues += _completeness(cfg)

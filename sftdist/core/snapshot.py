@@ -11,14 +11,17 @@ import yaml
 from typing_extensions import TypeVar
 
 from sftdist.core.errors import ConfigError
-from sftdist.core.settings import TrainConfig
+from sftdist.core.migrations import version_issue
+from sftdist.core.settings import CONFIG_VERSION, TrainConfig
 from sftdist.core.storage import sha256_json, write_text
 from sftdist.core.typed import build, to_plain
 
 T = TypeVar("T", bound=TrainConfig, default=TrainConfig)
 FILE = "config.yaml"
-# A run keeps its name, and can be resumed, when only these change.
-NOT_HASHED = ("run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run")
+# A run keeps its name, and can be resumed, when only these change. The version says how a file is written, not what is
+# trained: a run that was begun with an earlier one goes on.
+NOT_HASHED = ("config_version", "run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run")
+IDENTITY = ("run.dir", "run.name")
 SECTIONS = tuple(item.name for item in fields(TrainConfig))
 
 
@@ -29,11 +32,25 @@ def to_dict(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], schema: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
-    """The configuration that `to_dict` gave. Raises ConfigError with all issues."""
+    """The configuration that `to_dict` gave, in this version or an earlier one. Raises ConfigError with all issues."""
     issues: list[str] = []
-    cfg = build(schema, values, issues)
+    cfg = read_values(values, schema, issues)
     if issues:
         raise ConfigError(issues)
+    return cfg
+
+
+def read_values(values: Mapping[str, Any], schema: type[T], issues: list[str], source: str = "") -> T:
+    """Plain values as a configuration of this version; each fault is added to `issues`, and the default used instead.
+
+    `source` is put before each issue. Raises ConfigError for a later version, whose keys are not ours to judge.
+    """
+    if issue := version_issue(values.get("config_version", CONFIG_VERSION)):
+        raise ConfigError([*issues, source + issue])
+    found: list[str] = []
+    cfg = build(schema, values, found)
+    cfg.config_version = CONFIG_VERSION
+    issues += [source + text for text in found]
     return cfg
 
 
@@ -53,12 +70,23 @@ def read_config(run_dir: Path, schema: type[T] = TrainConfig) -> T:  # type: ign
     path = run_dir / FILE
     if not path.is_file():
         raise ConfigError(f"{path}: not there; give the directory of a run (it holds {FILE})")
-    return from_dict(read_yaml(path), schema)
+    issues: list[str] = []
+    cfg = read_values(read_yaml(path), schema, issues, f"{path}: ")
+    if issues:
+        raise ConfigError(issues)
+    return cfg
 
 
 def config_hash(cfg: TrainConfig) -> str:
     """SHA-256, in hex, of what is trained: without the sections that a resume may change and a command's own keys."""
     return sha256_json(hashed_part(cfg))
+
+
+def identifies_run(key: str) -> bool:
+    """Whether a run's name, directory or hash depends on this key, or on one below it."""
+    section = key.partition(".")[0].partition("[")[0]
+    hashed = section in SECTIONS and section not in NOT_HASHED
+    return hashed or any(f"{name}.".startswith(f"{key}.") for name in IDENTITY)
 
 
 def hashed_part(cfg: TrainConfig) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from sftdist.core.migrations import advice
+
 T = TypeVar("T")
 ANY_NAME = "<name>"
 MISSING = "???"
@@ -96,6 +98,7 @@ def words_of(hint: Any) -> str:
 
 def nearest(key: str, known: list[str]) -> str | None:
     """The valid key that a wrong one most likely means: by another trainer's name, by its last word, by its section."""
+    key = key.lower()
     parent, _, leaf = key.rpartition(".")
     if leaf in PEERS_NAMES:
         return PEERS_NAMES[leaf]
@@ -127,19 +130,21 @@ class _Builder:
         for key, item in value.items():
             full = f"{path}.{key}" if path else str(key)
             if key not in hints:
-                self.unknown(full, path)
+                self.unknown(full, path, item)
                 continue
             default = getattr(made, key)
             setattr(made, key, self.value(hints[key], item, full, default))
         return made
 
-    def unknown(self, key: str, section: str) -> None:
+    def unknown(self, key: str, section: str, value: Any) -> None:
+        """A key that is none, or all that is below it."""
         known, parent = self.known, section.rpartition(".")[0]
         if parent:
             known = [name.replace(f"{parent}.{ANY_NAME}", section) for name in known]
-        near = nearest(key, known)
-        advice = f"did you mean {near}?" if near else "see --help for all keys"
-        self.issues.append(f"{key}: unknown key; {advice}")
+        for leaf in _leaves(key, value):
+            near = nearest(leaf, known)
+            meant = f"did you mean {near}?" if near else "see --help for all keys"
+            self.issues.append(advice(leaf) or f"{leaf}: unknown key; {meant}")
 
     def value(self, hint: Any, value: Any, path: str, default: Any) -> Any:
         """`value` as `hint` says, or `default` after an issue."""
@@ -171,6 +176,14 @@ class _Builder:
     def _sections_keys(self, path: str) -> str:
         keys = [name for name in self.known if name.startswith(f"{path}.")]
         return f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, Mapping) or not value:
+        yield key
+        return
+    for name, item in value.items():
+        yield from _leaves(f"{key}.{name}", item)
 
 
 def _convert(hint: Any, value: Any) -> Any:

@@ -7,7 +7,6 @@ ranks write to their files alone, by file descriptor: what libraries and child p
 from __future__ import annotations
 
 import faulthandler
-import io
 import logging
 import os
 import re
@@ -48,14 +47,17 @@ def rank_log(run_dir: Path, attempt: int) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("ab", buffering=0))
+            file = stack.enter_context(path.open("a+b", buffering=0))
+            PlainLines(file).write(_end_of_a_cut_line(file) + _header(attempt))
         except OSError as error:
             tell(f"sftdist: rank {os.environ['RANK']} keeps no log of its own ({error})")
         else:
-            PlainLines(file).write(_header(attempt))
             stack.enter_context(_errors_in(file))
             stack.enter_context(_crashes_in(file))
-            stack.enter_context(_copied(file) if _keeps_console() else _moved(file))
+            shown = _keeps_console()
+            if not shown:
+                stack.enter_context(_moved(file))
+            stack.enter_context(_copied(file, shown=shown))
         yield
 
 
@@ -120,17 +122,22 @@ class PlainLines:
     def flush(self) -> None:
         """Whole lines are written already; half a line waits for its end."""
 
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self._rest:
+            self.write("\n")
+
 
 class Copied:
-    """A standard stream whose text goes to a log, too. In all else it is the `console` that it was made of.
+    """A standard stream of a rank, whose text goes to its log. In all else it is the `console` that it was made of.
 
-    `show` takes the text to the console: a progress bar puts its own in, which prints above the bar.
+    `show` takes the text to the console, too: a progress bar puts its own in, which prints above the bar.
     """
 
-    def __init__(self, console: TextIO, log: PlainLines) -> None:
+    def __init__(self, console: TextIO, log: PlainLines, *, shown: bool) -> None:
         self.console = console
         self.log = log
-        self.show: Callable[[str], object] = console.write
+        self.show: Callable[[str], object] = console.write if shown else _nowhere
 
     def write(self, text: str) -> int:
         self.log.write(text)
@@ -141,10 +148,22 @@ class Copied:
         return getattr(self.console, name)
 
 
+def _nowhere(text: str) -> None:
+    """Where a rank without a console shows what it prints."""
+
+
 def _header(attempt: int) -> str:
     who = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}"
     where = f"on {socket.gethostname()}, process {os.getpid()}, start {this_start()}, attempt {attempt}"
     return f"{_HEADER}{datetime.now(UTC).isoformat(timespec='seconds')} {who} {where}\n"
+
+
+def _end_of_a_cut_line(file: BinaryIO) -> str:
+    """A rank that was killed may have left half a line."""
+    if not file.seekable() or file.seek(0, os.SEEK_END) == 0:
+        return ""
+    file.seek(-1, os.SEEK_END)
+    return "" if file.read(1) == b"\n" else "\n"
 
 
 def _keeps_console() -> bool:
@@ -180,9 +199,9 @@ def _crashes_in(file: BinaryIO) -> Iterator[None]:
 
 
 @contextmanager
-def _copied(file: BinaryIO) -> Iterator[None]:
+def _copied(file: BinaryIO, *, shown: bool) -> Iterator[None]:
     before = sys.stdout, sys.stderr
-    out, err = copies = tuple(Copied(stream, PlainLines(file)) for stream in before)
+    out, err = copies = tuple(Copied(stream, PlainLines(file), shown=shown) for stream in before)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     _move_handlers(dict(zip(before, copies, strict=True)))
     try:
@@ -190,6 +209,9 @@ def _copied(file: BinaryIO) -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = before
         _move_handlers(dict(zip(copies, before, strict=True)))
+        for copy in copies:  # a library that was imported meanwhile keeps it
+            copy.log.end()
+            copy.show = copy.console.write
 
 
 def _move_handlers(new: Mapping[Any, Any]) -> None:
@@ -202,28 +224,25 @@ def _move_handlers(new: Mapping[Any, Any]) -> None:
 
 @contextmanager
 def _moved(file: BinaryIO) -> Iterator[None]:
-    """Standard output and error of this process are the file; `tell` still reaches the console."""
+    """Standard output and error are the file, for libraries and child processes, too; `tell` reaches the console."""
     global _console
     kept = {number: os.dup(number) for number in (1, 2)}
-    buffered = isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.line_buffering
     with open(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as console:
         _console = console
-        _point({number: file.fileno() for number in kept}, by_line=True)
+        _point(dict.fromkeys(kept, file.fileno()))
         try:
             yield
         finally:
-            _point(kept, by_line=not buffered)
             _console = None
+            _point(kept)
             for descriptor in kept.values():
                 os.close(descriptor)
 
 
-def _point(targets: Mapping[int, int], *, by_line: bool) -> None:
+def _point(targets: Mapping[int, int]) -> None:
     """Let file descriptors be what others are, once Python has written what it still held for them."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
     for number, target in targets.items():
         os.dup2(target, number)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=by_line)

@@ -4,6 +4,8 @@ the exit code: torchrun itself turns every failing child into exit 1.
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import math
 import os
@@ -18,21 +20,27 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, started_again, stops_at_once
+from sftdist.core.errors import SftdistError
 from sftdist.core.failure import KILLED, headline, read_failure, where
+from sftdist.core.meeting import meet, open_store
 from sftdist.core.nodes import Nodes, rendezvous, require_port
 from sftdist.core.oom import oom_kills
 from sftdist.core.ranklog import fresh_line, last_words, log_file
-from sftdist.core.start import START_VARIABLE, this_start
+from sftdist.core.relay import StopRelay
+from sftdist.core.start import START_VARIABLE, adopt_start, this_start
 from sftdist.core.storage import read_json, write_json
 
 DONE, FAILED, BAD_CONFIG, BAD_DATA, GATE, PREEMPTED = 0, 1, 2, 3, 4, 75
@@ -124,7 +132,8 @@ def launch(
     """Run `python -m module argv` on `nproc` ranks under torchrun's agent; the exit code from `run_dir/status.json`.
 
     With `nodes` the agents of all nodes start one group of ranks together, and each of these calls returns the same
-    code. Raises ConfigError where this node is to host their meeting and the port is in use.
+    code; a stop signal to one of them stops all. Raises ConfigError where this node is to host their meeting and the
+    port is in use.
 
     Stop signals are passed on once, so that a cluster that signals every process cannot cut a save short; a second
     Ctrl-C is passed on, too, and ends the ranks at once. The ranks have `grace_seconds` to save after a signal; after
@@ -135,7 +144,8 @@ def launch(
     run_dir.mkdir(parents=True, exist_ok=True)
     start, before = uuid.uuid4().hex, read_status(run_dir)
     command = [
-        *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), *rendezvous(nodes, grace_seconds)),
+        *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), json.dumps(nodes and asdict(nodes))),
+        *rendezvous(nodes, grace_seconds),
         *("--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts), "--signals-to-handle", FORWARDED),
         *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module, *argv),
     ]
@@ -216,21 +226,60 @@ _CUT = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m sftdist.core.agent RUN_DIR TORCHRUN-ARGUMENTS`: torchrun whose last lines say what ended a rank."""
+    """`python -m sftdist.core.agent RUN_DIR NODES TORCHRUN-ARGUMENTS`: torchrun whose last lines say what ended a rank.
+    NODES: a `Nodes` as JSON, or null."""
     die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
-    folder, *arguments = sys.argv[1:] if argv is None else argv
+    folder, given, *arguments = sys.argv[1:] if argv is None else argv
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = torchrun.parse_args(arguments)
+    options, nodes = torchrun.parse_args(arguments), json.loads(given)
+    if nodes is None:
+        return _run(Path(folder), options, None)
+    try:
+        return _run_together(Path(folder), options, Nodes(**nodes))
+    except SftdistError as error:
+        _say(f"sftdist: error: {error}")
+        return error.exit_code
+    except SignalException:  # before there was a rank
+        return PREEMPTED
+
+
+def _run_together(run_dir: Path, options: argparse.Namespace, nodes: Nodes) -> int:
+    store = open_store(nodes)
+    with StopRelay(store, nodes.count, serving=nodes.hosting) as relay:
+        met = meet(store, nodes, _plan(run_dir, options, nodes), str(this_start()))
+        adopt_start(met.start)
+        options.local_addr = met.source
+        if met.interface is not None:  # gloo would take the one that this host's name stands for, often the loopback
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
+        return _run(run_dir, options, relay)
+
+
+def _plan(run_dir: Path, options: argparse.Namespace, nodes: Nodes) -> dict[str, str]:
+    """What the nodes of one run have in common. Of the keys below `launch` some are a node's own."""
+    words = [word for word in options.training_script_args if not word.lstrip("+").startswith("launch.")]
+    return {
+        "launch.nodes": str(nodes.count),
+        "launch.node_rank": "none" if nodes.rank is None else "a number",
+        "run.dir": str(run_dir.absolute()),
+        "command": shlex.join([options.training_script, *words]),
+    }
+
+
+def _run(run_dir: Path, options: argparse.Namespace, relay: StopRelay | None) -> int:
     killed_before = oom_kills()
     try:
         torchrun.run(options)
     except SignalException:
         _outlast_ranks(options.shutdown_timeout)
-        return FAILED
-    except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode != -9, item[1].timestamp))
-        return _report(Path(folder), rank, failure, out_of_memory=oom_kills() > killed_before)
+        return PREEMPTED
+    except (ChildFailedError, DistError, RendezvousError) as error:
+        if relay is not None and relay.stopped and _end_of(run_dir) is None:
+            return PREEMPTED  # those of another node had left
+        if isinstance(error, ChildFailedError):
+            rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode != -9, item[1].timestamp))
+            return _report(run_dir, rank, failure, out_of_memory=oom_kills() > killed_before)
+        return _report_loss(run_dir, error)
     return DONE
 
 
@@ -249,6 +298,22 @@ def _outlast_ranks(seconds: float) -> None:
                 time.sleep(0.1)
         except ChildProcessError:
             return
+
+
+def _end_of(run_dir: Path) -> dict[str, Any] | None:
+    """The final status of this start, if there is one."""
+    status = _status_of(run_dir, this_start())
+    return status if status is not None and status["state"] != "running" else None
+
+
+def _report_loss(run_dir: Path, error: Exception) -> int:
+    """Say what ended a node's part of the run where torchrun has lost the other nodes."""
+    left = read_failure(run_dir)
+    if left is not None and left.start == this_start():
+        _say(headline(left, None), where(left, run_dir))
+    elif _end_of(run_dir) is None:
+        _say(f"sftdist: error: another node's agent has ended, or does not come back: its log says why ({error!r})")
+    return FAILED
 
 
 def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory: bool) -> int:

@@ -6,9 +6,10 @@ Hydra composes its own node alone, from the words that begin with `hydra`; the o
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,32 +32,42 @@ from sftdist.core.errors import ConfigError
 from sftdist.core.lock import RunLock
 from sftdist.core.settings import TrainConfig
 from sftdist.core.snapshot import one_line, to_dict
-from sftdist.core.sweep import FILE, Job, Sweep, SweepStopped, shared_run, sweep_name
-from sftdist.core.words import unreadable, word
+from sftdist.core.sweep import FILE, PROGRAM, Job, Outcome, Sweep, SweepStopped, shared_run, sweep_name
+from sftdist.core.words import word
 
-LAUNCHERS = {"torchrun": "TorchrunLauncher"}
+LAUNCHERS = {"torchrun": "TorchrunLauncher", "slurm": "SlurmLauncher"}
 _PLUGINS = "hydra_plugins.sftdist_launchers"
 _RUNS = "runs"
 _SWEEPER = ("hydra/sweeper", "hydra.sweeper.")
+_PARAMS = "hydra.sweeper.params"
 _LAUNCHER = ("hydra/launcher", "hydra.launcher.")
 Load = Callable[[Sequence[str]], TrainConfig]
 
 
-def multirun(command: str, load: Load, argv: Sequence[str], search_path: ConfigSearchPath, *, makes_runs: bool) -> int:
+def multirun(
+    command: str,
+    load: Load,
+    argv: Sequence[str],
+    search_path: ConfigSearchPath,
+    *,
+    makes_runs: bool,
+    program: Sequence[str] = PROGRAM,
+) -> int:
     """Carry out a sweep; the exit code: 0, 75 where a signal has stopped it, else that of the first job that failed.
 
     `load` composes and checks the words of a job, `search_path` is where conf's groups are; `makes_runs`: each job
-    makes a run directory. Raises ConfigError before any job starts.
+    makes a run directory; each is started as `PROGRAM COMMAND WORDS`. Raises ConfigError before any job starts.
     """
     hydra_words, words = _split(argv)
-    fixed = [item.get_key_element() for item in _parsed(words) if not item.is_sweep_override()]
+    load = _remembered(load)
+    fixed = [item.get_key_element() for item in _read(words, load) if not item.is_sweep_override()]
     loader = _Loader(load, search_path)
     with _explained():
         config = _hydra_node(loader, hydra_words)
         runs = Path(str(config.hydra.sweep.dir))
         name = sweep_name(command, [*words, *(item for item in hydra_words if _sets(item, _SWEEPER))])
         make = partial(_job, load, runs=runs if makes_runs else None, group=name)
-        sweep = Sweep(command, runs / name, make, fixed)
+        sweep = Sweep(command, runs / name, make, fixed, program)
         config.hydra.sweep.dir = str(sweep.folder)  # where Hydra's sweepers put their files
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
         task: Any = sweep  # Hydra hands it on to the launcher as it is
@@ -64,7 +75,7 @@ def multirun(command: str, load: Load, argv: Sequence[str], search_path: ConfigS
     if config.hydra.runtime.choices["hydra/sweeper"] == "basic":
         jobs = _product(config.hydra.sweeper.params or {}, words)
         _compose_all(sweep, jobs)  # a typo in the last job is found before the first one starts
-    with RunLock(sweep.folder, wait_seconds=5.0):
+    with RunLock(sweep.folder, wait_seconds=1.0):
         return _carry_out(sweep, sweeper, words)
 
 
@@ -83,7 +94,7 @@ def _carry_out(sweep: Sweep, sweeper: Sweeper, words: list[str]) -> int:
             raise
         print(f"hydra/sweeper: {error}", flush=True)
     finally:
-        if sweep.outcomes:
+        if any(outcome != Outcome() for outcome in sweep.outcomes.values()):
             print("\n".join(["", *sweep.table()]), flush=True)
     return PREEMPTED if stopped else sweep.code()
 
@@ -105,12 +116,31 @@ def _hydra_node(loader: _Loader, hydra_words: Sequence[str]) -> DictConfig:
         Plugins.instance().register(_plugin(module, name))
     chosen = any(_sets(item, ("hydra/launcher",)) for item in hydra_words)
     defaults = [f"hydra.sweep.dir={_RUNS}", *([] if chosen else ["hydra/launcher=torchrun"])]
-    config = loader.load_configuration(None, [*defaults, *hydra_words], RunMode.MULTIRUN)
+    params = [item for item in hydra_words if _sets(item, (_PARAMS,))]
+    others = [item for item in hydra_words if item not in params]
+    config = loader.load_configuration(None, [*defaults, *others], RunMode.MULTIRUN)
+    if params:
+        config.hydra.sweeper.params = _sweeper_params(params)
     launcher = config.hydra.runtime.choices["hydra/launcher"]
     if launcher not in LAUNCHERS:
         known = ", ".join(LAUNCHERS)
         raise ConfigError(f"hydra/launcher: given {launcher}, required one that starts whole jobs: {known}")
     return config
+
+
+def _sweeper_params(words: Sequence[str]) -> dict[str, str]:
+    """`hydra.sweeper.params={KEY:'A,B'}` and `hydra.sweeper.params.KEY=A,B`: Hydra itself takes it from files only."""
+    found: dict[str, str] = {}
+    for item in _parsed(words):
+        key = item.key_or_group.removeprefix(_PARAMS).removeprefix(".")
+        value = item.get_value_string() if item.is_sweep_override() else item.value()
+        if key:
+            found[key] = str(value)
+        elif isinstance(value, dict):
+            found |= {str(name): str(choices) for name, choices in value.items()}
+        else:
+            raise ConfigError(f"{_PARAMS}: given {value}, required keys with their choices, such as {{seed:'1,2'}}")
+    return found
 
 
 def _plugin(module: str, name: str) -> Any:
@@ -125,8 +155,7 @@ def _plugin(module: str, name: str) -> Any:
 
 def _job(load: Load, number: int, overrides: tuple[str, ...], *, runs: Path | None, group: str) -> Job:
     """A job with its final words. `runs`: the folder of its run directory, unless its configuration names one."""
-    with _without_job_id():
-        cfg = load(overrides)
+    cfg = load(overrides)
     if runs is None or cfg.dry_run:
         return Job(number, overrides, overrides, None, cfg)
     run_dir = Path(str(cfg.run.dir))
@@ -135,6 +164,17 @@ def _job(load: Load, number: int, overrides: tuple[str, ...], *, runs: Path | No
     own = [word("run.name", str(cfg.run.name)), word("run.dir", str(run_dir))]
     own += [] if cfg.tracking.group else [word("tracking.group", group)]
     return Job(number, overrides, (*overrides, *own), run_dir, cfg)
+
+
+def _remembered(load: Load) -> Load:
+    """Each job is composed once, and named by its own configuration."""
+
+    @cache
+    def composed(words: tuple[str, ...]) -> TrainConfig:
+        with _without_job_id():
+            return load(words)
+
+    return lambda words: composed(tuple(words))
 
 
 @contextmanager
@@ -150,30 +190,32 @@ def _without_job_id() -> Iterator[None]:
 
 def _product(params: Mapping[str, str], words: Sequence[str]) -> list[list[str]]:
     """The overrides of every job, as Hydra's basic sweeper makes them."""
-    overrides = _parsed([*(f"{key}={value}" for key, value in params.items()), *words])
-    jobs: list[list[str]] = BasicSweeper.split_arguments(overrides, None)[0]
+    with _explained():
+        overrides = _parsed([*(f"{key}={value}" for key, value in params.items()), *words])
+        jobs: list[list[str]] = BasicSweeper.split_arguments(overrides, None)[0]
     return jobs
 
 
 def _compose_all(sweep: Sweep, jobs: Sequence[Sequence[str]]) -> None:
     """Compose every job. Raises ConfigError with all issues, each once."""
-    issues: dict[str, list[str]] = {}
+    issues: dict[str, list[int]] = {}
+    shared: list[str] = []
     for number, overrides in enumerate(jobs):
         try:
             job = sweep.job(number, overrides)
-            if issue := shared_run((sweep.jobs[other] for other in range(number) if other in sweep.jobs), job):
-                raise ConfigError(issue)
         except ConfigError as error:
             for issue in error.issues:
-                issues.setdefault(issue, []).append(str(number))
-    if issues:
-        everywhere = len(jobs)
-        raise ConfigError(
-            [
-                issue if len(numbers) == everywhere else f"job {', '.join(numbers)}: {issue}"
-                for issue, numbers in issues.items()
-            ]
-        )
+                issues.setdefault(issue, []).append(number)
+            continue
+        same = shared_run(sweep.jobs.values(), job)
+        shared += [same] if same else []
+    if issues or shared:
+        raise ConfigError([*(_of_jobs(numbers, len(jobs), issue) for issue, numbers in issues.items()), *shared])
+
+
+def _of_jobs(numbers: Sequence[int], count: int, issue: str) -> str:
+    """What is wrong in all jobs needs no numbers."""
+    return issue if len(numbers) == count else f"job {', '.join(map(str, numbers))}: {issue}"
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -203,15 +245,22 @@ def _sets(text: str, keys: tuple[str, ...]) -> bool:
 
 
 def _parsed(words: Sequence[str]) -> list[Override]:
-    """Raises ConfigError that names every word that Hydra's grammar does not read."""
-    parser, found, issues = OverridesParser.create(), [], []
+    return OverridesParser.create().parse_overrides(list(words))
+
+
+def _read(words: Sequence[str], load: Load) -> list[Override]:
+    """Raises ConfigError where Hydra's grammar does not read a word, with what a single job would say of it."""
+    parser, found, of_one_job = OverridesParser.create(), [], []
     for text in words:
         try:
             found.append(parser.parse_override(text))
         except HydraException:
-            issues.append(unreadable(text))
-    if issues:
-        raise ConfigError(issues)
+            of_one_job.append(text)
+            continue
+        of_one_job += [] if found[-1].is_sweep_override() else [text]
+    if len(found) < len(words):
+        load(of_one_job)
+        raise ConfigError(f"-m: given {shlex.join(words)}, which cannot be read; write each word as KEY=VALUE")
     return found
 
 

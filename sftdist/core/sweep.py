@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sftdist.core.table import columns
 
 FILE = "sweep.json"
 DEFAULT_METRIC = "eval/loss"
+PROGRAM = (sys.executable, "-m", "sftdist.cli")
 
 
 class SweepStopped(SftdistError):
@@ -51,6 +53,12 @@ class Outcome:
     log: str | None = None
     array: str | None = None
 
+    def said(self) -> str:
+        """In a line."""
+        code = "" if self.code is None else f", exit code {self.code}"
+        reason = f": {self.reason.partition(chr(10))[0]}" if self.reason else ""
+        return f"{self.state}{code}{reason}"
+
 
 def sweep_name(command: str, words: Sequence[str]) -> str:
     """The same for the same words, so that a second start finds the sweep again."""
@@ -60,7 +68,7 @@ def sweep_name(command: str, words: Sequence[str]) -> str:
 def shared_run(jobs: Iterable[Job], job: Job) -> str | None:
     """The issue where another job has this one's run directory, else None."""
     for other in jobs:
-        if job.run_dir is not None and other.run_dir == job.run_dir:
+        if job.run_dir is not None and other.run_dir == job.run_dir and other.number != job.number:
             return (
                 f"jobs {other.number} and {job.number} have one run directory, {job.run_dir}: they differ in nothing "
                 "that names a run; name them by what differs, for instance 'run.name=NAME-${zero.stage}'"
@@ -72,28 +80,33 @@ class Sweep:
     """The jobs of a sweep by number, in `folder`: `sweep.json` follows every change, `jobs/NNNNN` holds the final words
     of a job, each ended by a NUL, `screens/NNNNN.log` what a job prints where several run at once.
 
-    `make(number, overrides)` composes a job; `fixed` are the keys that are the same in all of them.
+    `make(number, overrides)` composes a job; `fixed` are the keys that are the same in all of them. A job is
+    `PROGRAM COMMAND WORDS`.
     """
 
     def __init__(
-        self, command: str, folder: Path, make: Callable[[int, tuple[str, ...]], Job], fixed: Collection[str] = ()
+        self,
+        command: str,
+        folder: Path,
+        make: Callable[[int, tuple[str, ...]], Job],
+        fixed: Collection[str] = (),
+        program: Sequence[str] = PROGRAM,
     ) -> None:
-        self.command, self.folder = command, folder
+        self.command, self.folder, self.program = command, folder, tuple(program)
         self.jobs: dict[int, Job] = {}
         self.outcomes: dict[int, Outcome] = {}
         self._make, self._fixed = make, frozenset(fixed)
+        file = folder / FILE
+        self._before = {entry["number"]: entry for entry in read_json(file)["jobs"]} if file.is_file() else {}
 
     def job(self, number: int, overrides: Sequence[str]) -> Job:
         """The job with these overrides, composed and taken in where it is new. Raises ConfigError where it cannot be
-        composed, and where another job, one with other overrides, has its run directory."""
+        composed."""
         words = tuple(overrides)
         known = self.jobs.get(number)
         if known is not None and known.overrides == words:
             return known
-        job = self._make(number, words)
-        if issue := shared_run((other for other in self.jobs.values() if other.overrides != words), job):
-            raise ConfigError(issue)
-        self.jobs[number] = job
+        self.jobs[number] = job = self._make(number, words)
         return job
 
     def words_file(self, job: Job) -> Path:
@@ -106,18 +119,34 @@ class Sweep:
         """The overrides that are not the same in all jobs."""
         return " ".join(word for word in job.overrides if word.partition("=")[0] not in self._fixed)
 
-    def note(self, job: Job, outcome: Outcome) -> None:
-        """Write down where a job stands."""
-        if job.number not in self.outcomes:
+    def begin(self, jobs: Iterable[Job]) -> None:
+        """Write down the words of jobs that are about to run. Raises ConfigError where one has the run directory of a
+        job with other overrides."""
+        for job in jobs:
+            if issue := shared_run((other for other in self.jobs.values() if other.overrides != job.overrides), job):
+                raise ConfigError(issue)
             self.words_file(job).parent.mkdir(parents=True, exist_ok=True)
             write_text(self.words_file(job), "".join(f"{word}\0" for word in job.words))
-        self.outcomes[job.number] = outcome
-        write_json(self.folder / FILE, {"command": self.command, "jobs": [self._entry(job) for job in self._noted()]})
+            earlier = self.array_before(job)
+            self.outcomes[job.number] = Outcome(array=earlier[0] if earlier and earlier[1] else None)
+        self._write()
 
-    def earlier(self) -> dict[int, dict[str, Any]]:
-        """What `sweep.json` says, by job."""
-        path = self.folder / FILE
-        return {entry["number"]: entry for entry in read_json(path)["jobs"]} if path.is_file() else {}
+    def note(self, job: Job, outcome: Outcome) -> None:
+        """Write down where a job stands."""
+        self.outcomes[job.number] = outcome
+        self._write()
+
+    def say(self, job: Job, text: str) -> None:
+        """A line about a job on the screen."""
+        print(f"job {job.number}: {text}", flush=True)
+
+    def array_before(self, job: Job) -> tuple[str, bool] | None:
+        """The SLURM job array to which an earlier start of the sweep gave the job of this number, and whether that job
+        had the same overrides; None where there is none."""
+        entry = self._before.get(job.number)
+        if entry is None or entry["array"] is None:
+            return None
+        return entry["array"], entry["overrides"] == list(job.overrides)
 
     def table(self) -> list[str]:
         """A line per job, and below it what the failed ones failed of."""
@@ -137,6 +166,9 @@ class Sweep:
     def _noted(self) -> list[Job]:
         return [self.jobs[number] for number in sorted(self.outcomes)]
 
+    def _write(self) -> None:
+        write_json(self.folder / FILE, {"command": self.command, "jobs": [self._entry(job) for job in self._noted()]})
+
     def _entry(self, job: Job) -> dict[str, Any]:
         run_dir = None if job.run_dir is None else str(job.run_dir)
         start = {"number": job.number, "overrides": list(job.overrides), "run_dir": run_dir}
@@ -151,6 +183,19 @@ class Sweep:
         lines = [f"job {job.number} failed with exit code {outcome.code}: sftdist {self.command} {self.shown(job)}"]
         lines += [f"  {line}" for line in outcome.reason.splitlines()]
         return [*lines, f"  log: {outcome.log}"] if outcome.log else lines
+
+
+def unfinished(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that are still to run; those that an earlier start has finished are noted."""
+    left = []
+    for job in jobs:
+        outcome = finished(job)
+        if outcome is None:
+            left.append(job)
+        else:
+            sweep.note(job, outcome)
+            sweep.say(job, f"{sweep.shown(job)}: finished before, in {job.run_dir}")
+    return left
 
 
 def finished(job: Job) -> Outcome | None:
@@ -178,10 +223,16 @@ def ended(job: Job, code: int, before: str | None) -> Outcome:
     if status is not None and status["state"] == "done" and code == DONE:
         return ended_run(job, status)
     if status is not None and status["state"] != "done" and start_of(job) != before:
-        return ended_run(job, status)
+        outcome = ended_run(job, status)
+        return replace(outcome, code=code) if status["state"] == "running" else outcome
     if code == PREEMPTED:
         return Outcome("preempted", code)
     return Outcome("failed" if code else "done", code)
+
+
+def last_words(screen: Path) -> str:
+    """The end of what a job has printed."""
+    return "\n".join(screen.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
 
 
 def ended_run(job: Job, status: dict[str, Any]) -> Outcome:

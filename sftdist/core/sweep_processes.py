@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 
 from sftdist.core.agent import PREEMPTED
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, stops_at_once
 from sftdist.core.errors import ConfigError
-from sftdist.core.sweep import Job, Outcome, Sweep, SweepStopped, ended, finished, start_of
+from sftdist.core.sweep import Job, Outcome, Sweep, SweepStopped, ended, last_words, start_of, unfinished
 from sftdist.core.sweep_share import VISIBLE, deal, devices_here, threads
 
 _LOOK_SECONDS = 0.1
+INTERRUPTED = 130  # a command that Ctrl-C has ended
 _ABOVE = "its message is above, where the job ran"
 
 
@@ -42,14 +41,14 @@ def run_jobs(sweep: Sweep, jobs: Sequence[Job], parallel: int) -> None:
         raise ConfigError(f"hydra.launcher.parallel: given {parallel}, required at least 1")
     _refuse_several_hosts(jobs)
     places = deal(devices_here(), parallel, [job.cfg.launch.nproc for job in jobs])
-    todo, running = deque(_unfinished(sweep, jobs)), dict[int, _Running]()
-    with _signals(running) as seen:
+    todo, running = deque(unfinished(sweep, jobs)), dict[int, _Running]()
+    with _signals(running) as (seen, told):
         while running or (todo and not seen):
             for place, variables in enumerate(places):
                 if todo and not seen and place not in running:
-                    running[place] = _start(sweep, todo.popleft(), place, variables, parallel)
-                    if seen:  # it came before this one could be told
-                        running[place].child.send_signal(next(iter(seen)))
+                    running[place] = item = _start(sweep, todo.popleft(), place, variables, parallel)
+                    if seen and item.child.pid not in told:  # the signal came while it was being started
+                        item.child.send_signal(next(iter(seen)))
             for done in [item for item in running.values() if item.child.poll() is not None]:
                 _note(sweep, running.pop(done.place), parallel, stopped=bool(seen))
             time.sleep(_LOOK_SECONDS)
@@ -66,21 +65,11 @@ def _refuse_several_hosts(jobs: Sequence[Job]) -> None:
             )
 
 
-def _unfinished(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[Job]:
-    for job in jobs:
-        outcome = finished(job)
-        if outcome is None:
-            yield job
-        else:
-            sweep.note(job, outcome)
-            print(f"job {job.number}: {sweep.shown(job)}: finished before, in {job.run_dir}", flush=True)
-
-
 def _start(sweep: Sweep, job: Job, place: int, variables: Mapping[str, str], parallel: int) -> _Running:
     screen = sweep.screen(job) if parallel > 1 else None
     where = "" if screen is None else f"; its screen is {screen}"
-    print(f"job {job.number}: sftdist {sweep.command} {sweep.shown(job)}{where}", flush=True)
-    command = [sys.executable, "-m", "sftdist.cli", sweep.command, *job.words]
+    sweep.say(job, f"sftdist {sweep.command} {sweep.shown(job)}{where}")
+    command = [*sweep.program, sweep.command, *job.words]
     environment = {**_cores(job, variables, parallel), **os.environ, **variables, PARENT_VARIABLE: str(os.getpid())}
     before = start_of(job)
     sweep.note(job, Outcome("running", log=None if screen is None else str(screen)))
@@ -107,36 +96,33 @@ def _cores(job: Job, variables: Mapping[str, str], parallel: int) -> dict[str, s
 def _note(sweep: Sweep, done: _Running, parallel: int, *, stopped: bool) -> None:
     job, code = done.job, done.child.returncode
     outcome = ended(job, code if code >= 0 else 128 - code, done.before)
-    if stopped and -code in STOP_SIGNALS:  # it had not yet taken the signal over
+    if stopped and (-code in STOP_SIGNALS or code == INTERRUPTED):  # it had not yet taken the signal over
         outcome = Outcome("preempted", PREEMPTED)
     if outcome.state == "failed" and not outcome.reason:
-        outcome = replace(outcome, reason=_last_words(sweep.screen(job)) if parallel > 1 else _ABOVE)
+        outcome = replace(outcome, reason=last_words(sweep.screen(job)) if parallel > 1 else _ABOVE)
     if parallel > 1:
         outcome = replace(outcome, log=str(sweep.screen(job)))
     sweep.note(job, outcome)
-    reason = f": {outcome.reason.partition(chr(10))[0]}" if outcome.reason else ""
-    print(f"job {job.number}: {outcome.state}, exit code {outcome.code}{reason}", flush=True)
+    sweep.say(job, outcome.said())
 
 
 @contextmanager
-def _signals(running: Mapping[int, _Running]) -> Iterator[Counter[int]]:
-    """Pass stop signals on to what runs, each job once, and a second Ctrl-C, too; what was seen, first one first."""
+def _signals(running: Mapping[int, _Running]) -> Iterator[tuple[Counter[int], set[int]]]:
+    """Pass stop signals on to what runs, each job once, and a second Ctrl-C, too; what was seen, the first one first,
+    and which processes were told."""
     seen: Counter[int] = Counter()
+    told: set[int] = set()
 
     def forward(number: int, frame: FrameType | None) -> None:
         if not seen or stops_at_once(seen, number):
             for item in running.values():
                 item.child.send_signal(number)
+                told.add(item.child.pid)
         seen[number] += 1
 
     previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
-        yield seen
+        yield seen, told
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _last_words(screen: Path) -> str:
-    """The end of what a job has printed."""
-    return "\n".join(screen.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])

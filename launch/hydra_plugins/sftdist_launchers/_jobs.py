@@ -27,15 +27,27 @@ class JobLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs; each returns its metric, and None where it has none.
 
-        A failed one is no exception here: Hydra's sweepers would give the others up. The table names it.
+        A failed one is no exception here: Hydra's sweepers would give the others up. The table names it. Raises
+        ConfigError where a sampler has proposed what cannot be composed.
         """
-        jobs = [self.sweep.job(initial_job_idx + at, overrides) for at, overrides in enumerate(job_overrides)]
-        self.run(jobs)
+        jobs = [self._job(initial_job_idx + at, overrides) for at, overrides in enumerate(job_overrides)]
+        self.sweep.begin(jobs)
+        # A sampler may propose the same thing twice at once: that is one run.
+        first = {job.overrides: job for job in reversed(jobs)}
+        self.run(sorted(first.values(), key=lambda job: job.number))
+        for job in jobs:
+            self.sweep.note(job, self.sweep.outcomes[first[job.overrides].number])
         metrics = [self.sweep.outcomes[job.number].metric for job in jobs]
         return [
             JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=metric)
             for job, metric in zip(jobs, metrics, strict=True)
         ]
+
+    def _job(self, number: int, overrides: Sequence[str]) -> Job:
+        try:
+            return self.sweep.job(number, overrides)
+        except ConfigError as error:
+            raise ConfigError([f"job {number} ({' '.join(overrides)}): {issue}" for issue in error.issues]) from error
 
     @abstractmethod
     def run(self, jobs: Sequence[Job]) -> None:

@@ -18,3 +18,4 @@ class SlurmSettings:
     parallel: int | None = None  # tasks of the array at once; default: as many as the cluster lets run
     options: list[str] = field(default_factory=list)  # further words for sbatch, such as --partition=gpu
     wait: bool = True  # until the array has ended
+    poll_seconds: float = 10.0  # how often the queue is looked at

@@ -29,9 +29,8 @@ from sftdist.core.distributed import (
     session,
 )
 from sftdist.core.errors import CheckpointError, TrainingError
-from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.nodes import Nodes
-from sftdist.core.ranklog import rank_log, tell
+from sftdist.core.ranklog import rank_log
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import disk_explained, read_json, write_json
 from sftdist.core.words import word
@@ -117,7 +116,9 @@ def start(cfg: TrainConfig) -> int:
 def nodes_of(cfg: TrainConfig) -> Nodes | None:
     """Who trains together; None where this machine does so alone."""
     launch = cfg.launch
-    return Nodes(launch.nodes, str(launch.address), launch.node_rank) if launch.nodes > 1 else None
+    if launch.nodes == 1:
+        return None
+    return Nodes(launch.nodes, str(launch.address), launch.node_rank, launch.join_seconds)
 
 
 def same_run(cfg: TrainConfig) -> str:
@@ -159,7 +160,7 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
         if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None and os.environ.get("RANK") == "0":
             print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
         lost, hang = cfg.launch.lost_seconds, cfg.launch.hang_seconds
-        watched = session(report=partial(report, run_dir), lost_seconds=lost, hang_seconds=hang)
+        watched = session(report=partial(agent.report, run_dir), lost_seconds=lost, hang_seconds=hang)
         world = stack.enter_context(watched)
         stack.enter_context(disk_explained(run_dir))
         result = train(cfg, opening, world, stop, run_dir)
@@ -176,18 +177,6 @@ def stop_signals() -> Iterator[StopSignal]:
         yield stop
     finally:
         stop.uninstall()
-
-
-def report(run_dir: Path, failure: Failure) -> None:
-    """The first failure of all ranks, on the screen, in a file of its own, and as the run's status."""
-    print_failure(failure, run_dir)
-    try:
-        write_failure(run_dir, failure)
-        agent.write_status(
-            run_dir, "failed", failure.code, failure.message, failure.step, rank=failure.rank, retry=failure.retry
-        )
-    except OSError as error:  # a full disk may be the very failure: its reason is on the screen already
-        tell(f"sftdist: {run_dir}: the failure could not be written down ({error})")
 
 
 def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> Prepared:

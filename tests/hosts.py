@@ -7,20 +7,53 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import pytest
 
+from tests.e2e.workshop import environment
+
 LINK = "veth0"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+HOSTS = ("host-0", "host-1")
+NAMESPACE_FILES = Path("/etc/netns")  # where `ip netns exec` looks for files that take the place of those in /etc
+
+
+class Pair:
+    """A command on each of two hosts, and what they print."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+        self.processes = processes
+        self._logs = logs
+
+    def until(self, what: Callable[[], bool], seconds: float = 120.0) -> None:
+        """Wait for something to become true while both run."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, self.texts()
+            assert all(process.poll() is None for process in self.processes), self.texts()
+            time.sleep(0.05)
+
+    def codes(self, within: float = 240.0) -> list[int]:
+        """Wait for both; their exit codes."""
+        deadline = time.monotonic() + within
+        try:
+            return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"they did not end within {within} s\n" + "\n\n".join(self.texts())) from None
+
+    def texts(self) -> list[str]:
+        """What each has printed so far."""
+        return [(self._logs / str(rank)).read_text(errors="replace") for rank in range(2)]
 
 
 class TwoHosts:
     """Context manager; skips the test, with the reason, where namespaces are not allowed. Nothing is left behind: no
-    process, no namespace."""
+    process, no namespace. Each host knows both by name, itself by 127.0.1.1 as Debian does."""
 
     def __init__(self) -> None:
         word = uuid.uuid4().hex[:8]
@@ -37,6 +70,7 @@ class TwoHosts:
             for name, address in zip(self.names, ADDRESSES, strict=True):
                 _ip("-n", name, "address", "add", f"{address}/24", "dev", LINK)
                 _ip("-n", name, "link", "set", "lo", "up")
+            self._name()
             self.mend()
         except subprocess.CalledProcessError as error:
             self.__exit__(None, None, None)
@@ -50,6 +84,7 @@ class TwoHosts:
             for pid in self.processes(name):
                 os.kill(pid, signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+            shutil.rmtree(NAMESPACE_FILES / name, ignore_errors=True)
 
     def processes(self, name: str) -> list[int]:
         """The process ids in a namespace."""
@@ -64,28 +99,37 @@ class TwoHosts:
         for name in self.names:
             _ip("-n", name, "link", "set", LINK, "up")
 
-    def torchrun(self, arguments: Sequence[str], folder: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
+    def torchrun(self, arguments: Sequence[str], folder: Path, logs: Path) -> Pair:
         """One rank on each host: `torchrun ARGUMENTS` with the static rendezvous; output in `logs/0` and `logs/1`."""
+        run = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+        meet = ("--master-addr", ADDRESSES[0], "--master-port", "29411")
+        commands = [[*run, "--node-rank", str(rank), *meet, *arguments] for rank in range(2)]
+        return self.start(commands, folder, logs, {"GLOO_SOCKET_IFNAME": LINK})
+
+    def start(
+        self, commands: Sequence[Sequence[str]], folder: Path, logs: Path, variables: Mapping[str, str] | None = None
+    ) -> Pair:
+        """A command on each host; output in `logs/0` and `logs/1`. A signal to a process reaches the command itself."""
         logs.mkdir(parents=True, exist_ok=True)
-        return [self._agent(rank, arguments, folder, logs / str(rank)) for rank in range(2)]
+        here = {**environment(), **(variables or {})}
+        processes: list[subprocess.Popen[bytes]] = []
+        for rank, command in enumerate(commands):
+            own = ["ip", "netns", "exec", self.names[rank], "unshare", "--uts", "sh", "-c"]
+            words = [*own, f'hostname {HOSTS[rank]} && exec "$@"', "sh", *command]
+            with (logs / str(rank)).open("wb") as file:
+                process = subprocess.Popen(
+                    words, cwd=folder, env=here, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            processes.append(process)
+        return Pair(processes, logs)
 
-    def _agent(self, rank: int, arguments: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-        command = [
-            *("ip", "netns", "exec", self.names[rank]),
-            *("unshare", "--uts", "sh", "-c", f'hostname host-{rank} && exec "$@"', "sh"),
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
-            *("--node-rank", str(rank), "--master-addr", ADDRESSES[0], "--master-port", "29411", *arguments),
-        ]
-        with log.open("wb") as file:
-            return subprocess.Popen(
-                command, cwd=folder, env=_environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-
-def _environment() -> dict[str, str]:
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in drop}
-    return {**kept, "GLOO_SOCKET_IFNAME": LINK, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    def _name(self) -> None:
+        for own, name in enumerate(self.names):
+            folder = NAMESPACE_FILES / name
+            folder.mkdir(parents=True)
+            known = [(ADDRESSES[rank] if rank != own else "127.0.1.1", host) for rank, host in enumerate(HOSTS)]
+            lines = [f"{address} {host}\n" for address, host in (("127.0.0.1", "localhost"), *known)]
+            (folder / "hosts").write_text("".join(lines))
 
 
 def _ip(*words: str) -> None:

@@ -18,9 +18,9 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,19 +32,38 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, started_again, stops_at_once
+from sftdist.core.distributed import (
+    PARENT_VARIABLE,
+    STOP_SIGNALS,
+    die_with_parent,
+    restart_count,
+    started_again,
+    stops_at_once,
+)
 from sftdist.core.errors import SftdistError
-from sftdist.core.failure import KILLED, headline, read_failure, where
+from sftdist.core.failure import (
+    ERROR,
+    KILLED,
+    Failure,
+    headline,
+    lines,
+    print_failure,
+    read_failure,
+    where,
+    write_failure,
+)
 from sftdist.core.meeting import meet, open_store
 from sftdist.core.nodes import Nodes, rendezvous, require_port
 from sftdist.core.oom import oom_kills
-from sftdist.core.ranklog import fresh_line, last_words, log_file
+from sftdist.core.ranklog import fresh_line, last_words, log_file, note, tell
 from sftdist.core.relay import StopRelay
-from sftdist.core.start import START_VARIABLE, adopt_start, this_start
+from sftdist.core.start import OURS, START_VARIABLE, adopt_start, this_start
 from sftdist.core.storage import read_json, write_json
 
 DONE, FAILED, BAD_CONFIG, BAD_DATA, GATE, PREEMPTED = 0, 1, 2, 3, 4, 75
 STATUS = "status.json"
+WRITE_SECONDS = 3.0  # that a failure may take to its file before it is said elsewhere
+TOLD_LAST = (ERROR, KILLED)  # these end all ranks within seconds
 SETTLE_SECONDS = 5.0  # for the status to be written on another node and to be seen on this one
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
@@ -68,6 +87,32 @@ def write_status(
     status = {"state": state, "code": code, "reason": reason, "step": step, "rank": rank, "retry": retry}
     status["start"] = this_start()
     write_json(run_dir / STATUS, status)
+
+
+def report(run_dir: Path, failure: Failure) -> None:
+    """For a rank: the first failure of all ranks in its file, as the run's status, and on the console. Where our own
+    agent is about to end with it, that says it there: once, and behind what all the others still have to say."""
+    errors: list[OSError] = []
+
+    def write_down() -> None:
+        try:
+            write_failure(run_dir, failure)
+            code, reason, step = failure.code, failure.message, failure.step
+            write_status(run_dir, "failed", code, reason, step, rank=failure.rank, retry=failure.retry)
+        except OSError as error:  # a full disk may be the very failure
+            errors.append(error)
+
+    writer = threading.Thread(target=write_down, name="failure", daemon=True)
+    writer.start()
+    writer.join(WRITE_SECONDS)  # the file system may have gone with the network
+    last = restart_count() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if OURS and last and failure.kind in TOLD_LAST and not (errors or writer.is_alive()):
+        note("\n".join(lines(failure, run_dir)))
+    else:
+        print_failure(failure, run_dir)
+    writer.join()
+    if errors:
+        tell(f"sftdist: {run_dir}: the failure could not be written down ({errors[0]})")
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
@@ -147,7 +192,8 @@ def launch(
         *(sys.executable, "-m", "sftdist.core.agent", str(run_dir), json.dumps(nodes and asdict(nodes))),
         *rendezvous(nodes, grace_seconds),
         *("--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts), "--signals-to-handle", FORWARDED),
-        *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module, *argv),
+        *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module),
+        *(word.replace("$", "$$") for word in argv),  # torchrun reads them as templates
     ]
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
     own = {PARENT_VARIABLE: str(os.getpid()), START_VARIABLE: start}
@@ -202,6 +248,8 @@ def _status_of(run_dir: Path, start: str | None) -> dict[str, Any] | None:
 def _exit_code(run_dir: Path, start: str | None, returned: int, *, stopped: bool) -> int:
     status = _status_of(run_dir, start)
     if status is not None and status["state"] != "running":
+        if returned < 0 and status["state"] == "failed":  # the agent was killed, and has not said it
+            _say(f"sftdist: error: {status['reason']}")
         return int(status["code"])
     if returned == DONE:
         return DONE
@@ -272,6 +320,7 @@ def _run(run_dir: Path, options: argparse.Namespace, relay: StopRelay | None) ->
         torchrun.run(options)
     except SignalException:
         _outlast_ranks(options.shutdown_timeout)
+        _report_left(run_dir)  # the save after a signal may be what has failed
         return PREEMPTED
     except (ChildFailedError, DistError, RendezvousError) as error:
         if relay is not None and relay.stopped and _end_of(run_dir) is None:
@@ -308,30 +357,23 @@ def _end_of(run_dir: Path) -> dict[str, Any] | None:
 
 def _report_loss(run_dir: Path, error: Exception) -> int:
     """Say what ended a node's part of the run where torchrun has lost the other nodes."""
-    left = read_failure(run_dir)
-    if left is not None and left.start == this_start():
-        _say(headline(left, None), where(left, run_dir))
-    elif _end_of(run_dir) is None:
+    if not _report_left(run_dir) and _end_of(run_dir) is None:
         _say(f"sftdist: error: another node's agent has ended, or does not come back: its log says why ({error!r})")
     return FAILED
 
 
 def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory: bool) -> int:
-    """Say on the last lines what ended the ranks: the first failure, which a rank has told in full where it could, or
-    what is known of a rank that had no time to speak, and the last lines of its log. The code that this process ends
-    with: PREEMPTED where a rank did not yet take a stop signal over."""
-    status = _status_of(run_dir, this_start())
+    """Say on the last lines what ended the ranks: the first failure that one of them has left, or what is known of one
+    that had no time to speak. The code that this process ends with: PREEMPTED where a rank did not yet take a stop
+    signal over."""
+    status, cause = _status_of(run_dir, this_start()), _cause(failure, out_of_memory=out_of_memory)
     if status is not None and status["state"] != "running":
-        left = read_failure(run_dir)
-        if left is not None and left.start == this_start():
-            silent = left.kind == KILLED
-            known = _cause(failure, out_of_memory=out_of_memory) if silent and left.rank == rank else None
-            _say(headline(left, known), *_tail(run_dir, left.rank) if silent else (), where(left, run_dir))
+        _report_left(run_dir, {rank: cause})
         return FAILED
     if -failure.exitcode in STOP_SIGNALS:
         return PREEMPTED
     who = f"rank {rank} on {socket.gethostname()} (process {failure.pid})"
-    reason = f"{who} died: {_cause(failure, out_of_memory=out_of_memory)}"
+    reason = f"{who} died: {cause}"
     tail = _tail(run_dir, rank)
     if tail:
         _say(f"sftdist: error: {reason}", *tail, f"its log is {log_file(run_dir, rank)}")
@@ -340,6 +382,21 @@ def _report(run_dir: Path, rank: int, failure: ProcessFailure, *, out_of_memory:
     if status is not None:
         write_status(run_dir, "failed", FAILED, reason, step=status["step"], rank=rank)
     return FAILED
+
+
+def _report_left(run_dir: Path, deaths: Mapping[int, str] | None = None) -> bool:
+    """Say what this start's first failure was, where a rank has left it; `deaths`: how torchrun saw ranks end."""
+    left = read_failure(run_dir)
+    if left is None or left.start != this_start():
+        return False
+    if left.kind not in TOLD_LAST:  # all of it is further above
+        _say(headline(left), where(left, run_dir))
+    elif left.kind == KILLED:
+        known = replace(left, message=(deaths or {}).get(left.rank, left.message))
+        _say(*lines(known), *_tail(run_dir, left.rank), where(left, run_dir))
+    else:
+        _say(*lines(left, run_dir))
+    return True
 
 
 def _cause(failure: ProcessFailure, *, out_of_memory: bool) -> str:

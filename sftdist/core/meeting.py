@@ -53,7 +53,7 @@ def open_store(nodes: Nodes) -> dist.Store:
     # What listens there may be no store, and never answer: torch would wait for ever.
     opener = threading.Thread(target=lambda: opened.append(_store(nodes)), name="meeting", daemon=True)
     opener.start()
-    opener.join(CONNECT_SECONDS)
+    opener.join(min(CONNECT_SECONDS, nodes.seconds))
     if not opened:
         raise StartupError(_nobody(nodes, "what listens there is no sftdist run"))
     if isinstance(opened[0], dist.DistError):

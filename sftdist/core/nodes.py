@@ -12,7 +12,6 @@ import psutil
 
 from sftdist.core.errors import ConfigError
 
-JOIN_SECONDS = 1800.0  # nodes of a cloud or of a batch system come minutes apart
 REJOIN_SECONDS = 300  # between agents that have met before
 # torchrun compares the clocks of two nodes: with its default, those that differ by 15 s never meet.
 _KEEP_ALIVE = "keep_alive_interval=5,keep_alive_max_attempt=60"
@@ -26,7 +25,7 @@ class Nodes:
     count: int
     address: str
     rank: int | None
-    seconds: float = JOIN_SECONDS
+    seconds: float = 1800.0
 
     @property
     def host(self) -> str:

@@ -45,7 +45,7 @@ AT_LEAST = {
 ABOVE_ZERO = (
     *("data.temperature", "data.max_passes", "train.epochs", "tune.alpha", "optimizer.lr", "optimizer.eps"),
     *("checkpoint.grace_seconds", "export.shard_gib", "cluster.memory_gib"),
-    *("launch.lost_seconds", "launch.hang_seconds"),
+    *("launch.join_seconds", "launch.lost_seconds", "launch.hang_seconds"),
 )
 # key: whether 1 itself is allowed
 FRACTIONS = {

@@ -234,6 +234,7 @@ class LaunchSettings:
     nodes: int = 1  # hosts; the same command runs on each of them
     address: str | None = None  # HOST:PORT of the first one, where there are several
     node_rank: int | None = None  # this host's number, from 0 on; without it the hosts agree on their order
+    join_seconds: float = 1800.0  # how long the nodes wait for one another at the start
     max_restarts: int = 0  # how often the ranks are started again after a failure that may pass
     lost_seconds: float = 60.0  # a rank or host that is not heard of for so long has failed
     hang_seconds: float = 1800.0  # a rank that does not get on for so long has failed

@@ -3,8 +3,7 @@ on as if nothing had been."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from sftdist.core.storage import read_json
 from tests import stepper
 from tests.conftest import ROOT
 from tests.e2e.workshop import SMALL, metrics, model_folder, write_rows
-from tests.hosts import TwoHosts
+from tests.hosts import Pair, TwoHosts
 
 LOST = 4.0
 EXACT = ("step", "loss", "grad_norm", "lr", "rows")
@@ -26,29 +25,7 @@ def hosts() -> Iterator[TwoHosts]:
         yield both
 
 
-class Start:
-    """The same command on both hosts."""
-
-    def __init__(self, hosts: TwoHosts, arguments: list[str], folder: Path, logs: Path) -> None:
-        self.agents = hosts.torchrun(arguments, folder, logs)
-        self._logs = logs
-
-    def wait_for(self, what: Callable[[], bool], seconds: float = 120.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, self.texts()
-            assert all(agent.poll() is None for agent in self.agents), self.texts()
-            time.sleep(0.05)
-
-    def codes(self, within: float) -> list[int]:
-        deadline = time.monotonic() + within
-        return [agent.wait(max(0.0, deadline - time.monotonic())) for agent in self.agents]
-
-    def texts(self) -> list[str]:
-        return [(self._logs / str(rank)).read_text() for rank in range(2)]
-
-
-def require_causes(start: Start, run_dir: Path) -> None:
+def require_causes(start: Pair, run_dir: Path) -> None:
     """Each side names what it knows, and the file holds one of the two (each has seen the other go)."""
     here, there = start.texts()
     assert "rank 1 on host-1" in here
@@ -64,14 +41,14 @@ def require_causes(start: Start, run_dir: Path) -> None:
 def test_a_cut_between_two_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
     steps, state = 100, stepper.state_file(tmp_path)
     arguments = ["-m", "tests.stepper", str(tmp_path), str(steps), str(LOST)]
-    first = Start(hosts, arguments, ROOT, tmp_path / "first")
-    first.wait_for(lambda: state.exists() and read_json(state)["step"] >= 40)
+    first = hosts.torchrun(arguments, ROOT, tmp_path / "first")
+    first.until(lambda: state.exists() and read_json(state)["step"] >= 40)
     hosts.cut()
     assert first.codes(within=LOST + 15) == [1, 1]
     require_causes(first, tmp_path)
     assert 40 <= read_json(state)["step"] < steps
     hosts.mend()
-    again = Start(hosts, arguments, ROOT, tmp_path / "again")
+    again = hosts.torchrun(arguments, ROOT, tmp_path / "again")
     assert again.codes(within=100) == [0, 0], again.texts()
     expected = stepper.START
     for _ in range(steps):
@@ -88,17 +65,17 @@ def test_a_run_across_a_cut_is_bit_equal(hosts: TwoHosts, tmp_path: Path) -> Non
     own = ["model.path=model", "data.train=my.jsonl", *SMALL, "train.epochs=8", "zero.stage=2", "precision=fp32"]
     own += ["checkpoint.every_steps=2", f"launch.lost_seconds={LOST}"]
     command = ["-m", "sftdist.train", "+exp=full", *own]
-    whole = Start(hosts, [*command, "run.dir=whole"], tmp_path, tmp_path / "whole-log")
+    whole = hosts.torchrun([*command, "run.dir=whole"], tmp_path, tmp_path / "whole-log")
     assert whole.codes(within=200) == [0, 0], whole.texts()
     figures = tmp_path / "cut" / "metrics.jsonl"
-    cut = Start(hosts, [*command, "run.dir=cut"], tmp_path, tmp_path / "cut-log")
-    cut.wait_for(lambda: figures.is_file() and figures.read_text().count('"train"') >= 5)
+    cut = hosts.torchrun([*command, "run.dir=cut"], tmp_path, tmp_path / "cut-log")
+    cut.until(lambda: figures.is_file() and figures.read_text().count('"train"') >= 5)
     hosts.cut()
     assert cut.codes(within=LOST + 20) == [1, 1]
     require_causes(cut, tmp_path / "cut")
     reached = len(metrics(tmp_path / "cut", "step"))
     assert 5 <= reached < len(metrics(tmp_path / "whole", "step"))
     hosts.mend()
-    again = Start(hosts, [*command, "run.dir=cut"], tmp_path, tmp_path / "again-log")
+    again = hosts.torchrun([*command, "run.dir=cut"], tmp_path, tmp_path / "again-log")
     assert again.codes(within=200) == [0, 0], again.texts()
     assert metrics(tmp_path / "cut", *EXACT) == metrics(tmp_path / "whole", *EXACT)

@@ -27,8 +27,15 @@ FLOORS: dict[str, set[str]] = {
 }
 # A library, and the only files that may import it.
 DOORS = {
-    "hydra": {"sftdist.core.config", "sftdist.core.words", "sftdist.core.multirun", "sftdist.core.resolve"},
-    "omegaconf": {"sftdist.core.config", "sftdist.core.multirun", "sftdist.core.resolve"},
+    "hydra": {
+        "sftdist.core.advice",
+        "sftdist.core.conf_faults",
+        "sftdist.core.config",
+        "sftdist.core.words",
+        "sftdist.core.multirun",
+        "sftdist.core.resolve",
+    },
+    "omegaconf": {"sftdist.core.conf_faults", "sftdist.core.config", "sftdist.core.multirun", "sftdist.core.resolve"},
     "deepspeed": {"sftdist.training.engine"},
     "wandb": {"sftdist.training.wandb_sink"},
     "datasets": {"sftdist.data.sources"},

@@ -15,7 +15,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -23,13 +22,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import TypeVar
 
+from sftdist.core.advice import Vocabulary
 from sftdist.core.command import Command, run_command
+from sftdist.core.conf_faults import COMPOSITION_ERRORS, explained
 from sftdist.core.errors import ConfigError
 from sftdist.core.mix import expand
 from sftdist.core.multirun import multirun
@@ -43,7 +42,6 @@ from sftdist.core.snapshot import (
     config_hash,
     differences,
     from_dict,
-    one_line,
     read_config,
     read_values,
     read_yaml,
@@ -74,7 +72,6 @@ _PATHS = (
     *(("run", "dir"), ("data", "dir"), ("data", "store_dir")),
     *(("model", "path"), ("model", "tokenizer"), ("model", "chat_template")),
 )
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
 def compose(
@@ -92,10 +89,10 @@ def compose(
     ConfigError with all issues; `complete=False` leaves the absence of data, model and tokenizer to `check(cfg)`.
     `checks` are further rules.
     """
-    words = read_words(overrides, _group_names())
-    if exp is not None:
-        words.groups.setdefault("exp", exp)
     with _conf():
+        words = read_words(overrides, _vocabulary(schema))
+        if exp is not None:
+            words.groups.setdefault("exp", exp)
         container = _merge(words, schema)
         issues = words.issues
         cfg = read_values(container, schema, issues)
@@ -105,7 +102,7 @@ def compose(
             found = check(cfg, complete=complete)
             if found and complete and cfg.exp == TrainConfig().exp:
                 issues.append(f"exp: none is given; the presets are {', '.join(_options('exp'))}: add +exp=NAME")
-            issues += found
+            issues += _beside(issues, found)
             issues += [issue for rule in checks for issue in rule(cfg)]
     if issues:
         raise ConfigError(list(dict.fromkeys(issues)))
@@ -119,6 +116,17 @@ def search_path() -> ConfigSearchPath:
     with _conf():
         found: ConfigSearchPath = GlobalHydra.instance().config_loader().get_search_path()
     return found
+
+
+def _beside(issues: Sequence[str], found: Sequence[str]) -> list[str]:
+    """The broken rules that do not only follow from a value which is an issue already, and which was left out."""
+    keys = [issue.partition(":")[0] for issue in issues if ": unknown key" not in issue]
+    named = [(rule.partition(":")[0], rule) for rule in found]
+    return [
+        rule
+        for at, rule in named
+        if not any(key in rule or f"{at}.".startswith(f"{key}.") or key.startswith(f"{at}.") for key in keys)
+    ]
 
 
 def presets() -> list[str]:
@@ -220,6 +228,12 @@ def _group_names() -> list[str]:
     return [*sorted((found & set(SECTIONS)) - {"exp"}), "exp"]
 
 
+def _vocabulary(schema: type[TrainConfig]) -> Vocabulary:
+    return Vocabulary(
+        {group: _options(group) for group in _group_names()}, {key: kind for key, kind, _ in options(schema)}
+    )
+
+
 def _options(group: str) -> list[str]:
     return list(GlobalHydra.instance().config_loader().get_group_options(group))
 
@@ -237,13 +251,13 @@ def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
             merged = OmegaConf.merge(merged, layer)
         if "exp" in chosen:
             if not isinstance(merged.exp, str):
-                words.issues.append(f"conf/exp/{chosen['exp']}.yaml: its first line must be '# @package _global_'")
+                words.refuse(f"conf/exp/{chosen['exp']}.yaml: its first line must be '# @package _global_'", "exp")
             merged.exp = chosen["exp"]
         for word in words.values:
             _apply(merged, word, words.issues)
         return resolved(merged, words.issues)
-    except _COMPOSITION_ERRORS as error:
-        raise ConfigError([*words.issues, f"conf: {one_line(error)}"]) from error
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError([*words.issues, explained(error, _group_names())]) from error
 
 
 def _base(words: Words, schema: type[T]) -> T:
@@ -260,7 +274,7 @@ def _chosen(group: str, name: str, words: Words) -> bool:
     available = _options(group)
     if name in available:
         return True
-    close = get_close_matches(name, available, n=1)
+    close = get_close_matches(Path(name).stem, available, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
     path = "; to give a folder or a hub name, use model.path=" if group == "model" else ""
     words.refused.append(group)
@@ -280,7 +294,12 @@ def _apply(merged: DictConfig, word: Override, issues: list[str]) -> None:
     elif parent and node is not None and not isinstance(node, DictConfig):
         issues.append(f"{key}: unknown key; {parent} holds one value and has no keys below it")
     else:
-        OmegaConf.update(merged, key, word.value(), merge=isinstance(word.value(), dict), force_add=True)
+        both = isinstance(word.value(), dict) and node is not None and _is_section(node, leaf)
+        OmegaConf.update(merged, key, word.value(), merge=both, force_add=True)
+
+
+def _is_section(node: DictConfig, name: str) -> bool:
+    return not OmegaConf.is_interpolation(node, name) and isinstance(node.get(name), DictConfig)
 
 
 def _named_mix(name: str) -> tuple[Any, list[str]]:

@@ -56,7 +56,7 @@ FRACTIONS = {
     "optimizer.warmup_ratio": True,
     "optimizer.min_lr_ratio": True,
 }
-WORDS = {"tracking.wandb": ("offline", "online", "disabled"), "output": ("terminal", "html", "jsonl")}
+WORDS = {"output": ("terminal", "html", "jsonl")}
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -89,6 +89,12 @@ class Offload(StrEnum):
     optimizer = "optimizer"
 
 
+class Wandb(StrEnum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
 class ExportDtype(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
@@ -221,7 +227,7 @@ class EvalSettings:
 
 @dataclass(kw_only=True)
 class TrackingSettings:
-    wandb: str | None = None  # offline | online | disabled; default: online with a key, else offline
+    wandb: Wandb | None = None  # default: online with a key, else offline
     project: str = "sftdist"
     entity: str | None = None
     group: str | None = None

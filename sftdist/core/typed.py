@@ -18,6 +18,7 @@ from sftdist.core.migrations import advice
 
 T = TypeVar("T")
 ANY_NAME = "<name>"
+_SWITCHES = {**dict.fromkeys(("yes", "on", "y", "1"), "true"), **dict.fromkeys(("no", "off", "n", "0"), "false")}
 MISSING = "???"
 
 # What other trainers call it, by the last word of the key.
@@ -44,6 +45,9 @@ PEERS_NAMES = {
     "eval_steps": "eval.every_steps",
     "output_dir": "run.dir",
     "gradient_checkpointing": "model.activation_checkpointing",
+    "experiment": "exp",
+    "preset": "exp",
+    "config": "exp",
 }
 
 
@@ -91,7 +95,7 @@ def words_of(hint: Any) -> str:
     if get_origin(hint) is list:
         return "a list, each " + words_of(get_args(hint)[0])
     if get_origin(hint) is dict or dataclasses.is_dataclass(hint):
-        return "a section (a mapping)"
+        return "a section, such as {key:value}"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return names[hint]
 
@@ -124,7 +128,7 @@ class _Builder:
         if value is None:
             return made
         if not isinstance(value, Mapping):
-            self.issues.append(f"{path}: given {shown(value)}, required a section; {self._sections_keys(path)}")
+            self.issues.append(f"{path}: given {shown(value)}, required a section; {_meant_key(schema, value, path)}")
             return made
         hints = get_type_hints(schema)
         for key, item in value.items():
@@ -169,13 +173,9 @@ class _Builder:
             return items if len(self.issues) == before else default
         found = _convert(hint, value)
         if found is None:
-            self.issues.append(f"{path}: given {shown(value)}, required {words_of(hint)}{_meant(hint, value)}")
+            self.issues.append(f"{path}: given {shown(value)}, required {words_of(hint)}{_meant(hint, value, path)}")
             return default
         return found
-
-    def _sections_keys(self, path: str) -> str:
-        keys = [name for name in self.known if name.startswith(f"{path}.")]
-        return f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:
@@ -201,11 +201,25 @@ def _convert(hint: Any, value: Any) -> Any:
     return None
 
 
-def _meant(hint: Any, value: Any) -> str:
+def _meant(hint: Any, value: Any, path: str) -> str:
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         close = get_close_matches(str(value), list(hint), n=1)
         return f"; did you mean {close[0]}?" if close else ""
+    if hint is bool and str(value).lower() in _SWITCHES:
+        return f"; did you mean {_SWITCHES[str(value).lower()]}?"
+    if get_origin(hint) is list and not isinstance(value, Mapping):
+        return f"; write {path}=[{value}]"
     return '; put it in quotes, "..."' if hint is str and isinstance(value, float) else ""
+
+
+def _meant_key(schema: type, value: Any, path: str) -> str:
+    """The first key of a section that could hold a value which was given for the section itself."""
+    hints = get_type_hints(schema)
+    for name, hint in hints.items():
+        scalar = next((part for part in get_args(hint) if part is not NoneType), hint)
+        if scalar is Any or _convert(scalar, value) is not None:
+            return f"did you mean {path}.{name}={value}?"
+    return f"its keys are {', '.join(f'{path}.{name}' for name in hints)}"
 
 
 def shown(value: Any) -> str:

@@ -60,14 +60,14 @@ def multirun(
     """
     hydra_words, words = _split(argv)
     load = _remembered(load)
-    fixed = [item.get_key_element() for item in _read(words, load) if not item.is_sweep_override()]
+    sweeps = {item.get_key_element(): item.is_sweep_override() for item in _read(words, load)}  # the last of a key
     loader = _Loader(load, search_path)
     with _explained():
         config = _hydra_node(loader, hydra_words)
         runs = Path(str(config.hydra.sweep.dir))
         name = sweep_name(command, [*words, *(item for item in hydra_words if _sets(item, _SWEEPER))])
         make = partial(_job, load, runs=runs if makes_runs else None, group=name)
-        sweep = Sweep(command, runs / name, make, fixed, program)
+        sweep = Sweep(command, runs / name, make, [key for key in sweeps if not sweeps[key]], program)
         config.hydra.sweep.dir = str(sweep.folder)  # where Hydra's sweepers put their files
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
         task: Any = sweep  # Hydra hands it on to the launcher as it is

@@ -1,0 +1,181 @@
+"""Sweeps of real jobs: each with its own ranks, run directory and port."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.jobs import Running, torchrun
+from tests.e2e.workshop import SMALL, metrics, model_folder, sftdist, status, write_rows
+
+KEYS = (
+    *("+exp=full", "model.path=model", "data.train=my.jsonl", *SMALL),
+    *("precision=fp32", "launch.nproc=1", "train.max_steps=2", "train.startup_checks=false"),
+)
+SWEEP = (sys.executable, "-m", "sftdist.cli", "train", "-m")
+# The line that the issue promises, as it is typed.
+MIXES = ("{domain:0.8,general:0.1,format:0.1}", "{domain:0.5,general:0.3,format:0.2}")
+PROMISED = (
+    *("-m", "hydra/launcher=torchrun", "+exp=quickstart", f"+data.mix={','.join(MIXES)}"),
+    "optimizer.lr=1e-4,3e-4",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    model_folder(folder / "model")
+    write_rows(folder / "my.jsonl")
+    return folder
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """What the newest sweep says of its jobs."""
+    file = max(folder.rglob("sweep.json"), key=lambda path: path.stat().st_mtime)
+    found: list[dict[str, Any]] = json.loads(file.read_text())["jobs"]
+    return found
+
+
+def states(folder: Path) -> list[tuple[str, int | None]]:
+    return [(entry["state"], entry["code"]) for entry in entries(folder)]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_a_failing_job_quotes_and_a_taken_port(place: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job cannot find its data; the other one trains, with a note that every shell and parser would split."""
+    monkeypatch.setenv("MASTER_PORT", str(taken_port))
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    words = ["train", "-m", *KEYS, "data.train=none.jsonl,my.jsonl", "run.note='a b, \"c\"'", "sweep.metric=loss"]
+    done = sftdist(words, place)
+    assert done.returncode == 3, done.stdout + done.stderr
+    failed, trained = entries(place)
+    assert (failed["state"], failed["code"]) == ("failed", 3)
+    assert (trained["state"], trained["code"], trained["step"]) == ("done", 0, 2)
+    assert "none.jsonl" in done.stderr
+    assert "job 0 failed with exit code 3: sftdist train data.train=none.jsonl" in done.stdout
+    run_dir = place / trained["run_dir"]
+    assert run_dir.name.startswith("full-")
+    assert "4711" not in run_dir.name
+    assert trained["metric"] == metrics(run_dir, "loss")[-1][0]
+    config = (run_dir / "config.yaml").read_text()
+    assert 'note: a b, "c"\n' in config
+    assert f"group: {next(path.name for path in (place / 'runs').glob('sweep-*'))}\n" in config
+    assert {path.name for path in place.iterdir()} <= {"model", "my.jsonl", "runs", "stores"}, "no file of Hydra's own"
+
+    again = sftdist(words, place)  # the finished one is skipped, the other is tried again
+    assert again.returncode == 3
+    assert states(place) == [("failed", 3), ("done", 0)]
+    assert f"job 1: data.train=my.jsonl: finished before, in {trained['run_dir']}" in again.stdout
+    assert again.stdout.count("sftdist train data.train") == 2, "once at its start, once at the end"
+
+
+def test_a_sweep_inside_torchrun_is_refused_once(place: Path) -> None:
+    done = subprocess.run(
+        [*torchrun(), "-m", "+exp=full", "seed=1,2", "run.note=a b"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("sftdist train: error:")]
+    assert len(said) == 1, done.stderr
+    assert said[0].endswith("let each job start its own ranks: sftdist train -m +exp=full seed=1,2 'run.note=a b'")
+    assert not list(place.glob("**/*seed*"))
+
+
+@pytest.mark.long
+def test_the_promised_line(tmp_path: Path) -> None:
+    done = sftdist(["train", *PROMISED, "train.max_steps=2", "launch.nproc=1"], tmp_path, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = entries(tmp_path)
+    assert [(entry["state"], entry["step"]) for entry in found] == [("done", 2)] * 4
+    assert len({entry["run_dir"] for entry in found}) == 4
+    assert len({entry["metric"] for entry in found}) == 4
+    for entry in found:
+        assert (tmp_path / entry["run_dir"] / "export" / "model.safetensors").is_file()
+    groups = {line.split()[-1] for line in _lines(tmp_path, "group:")}
+    assert len(groups) == 1
+    assert groups.pop().startswith("sweep-")
+
+
+def _lines(folder: Path, word: str) -> list[str]:
+    texts = [file.read_text() for file in folder.glob("runs/*/config.yaml")]
+    return [line for text in texts for line in text.splitlines() if word in line]
+
+
+@pytest.mark.long
+def test_stopped_and_started_again(place: Path) -> None:
+    """A stop in the second of three jobs: it saves and goes on later, and what comes of it is what comes undisturbed."""
+    longer = ("train.max_steps=40", "checkpoint.every_steps=10")
+    words = [*SWEEP, *KEYS, *longer, "seed=11,12,13", "hydra.sweep.dir=stopped"]
+    with Running(words, place) as job:
+        job.until(lambda: len(runs_of(place / "stopped")) == 2)
+        second = max(runs_of(place / "stopped"), key=lambda path: (path / "metrics.jsonl").stat().st_ctime)
+        job.until_step(second, 3)
+        job.tell(signal.SIGTERM)
+        assert job.end() == 75, job.screen
+        assert "the sweep was stopped" in job.screen
+        assert not job.processes()
+    assert states(place / "stopped") == [("done", 0), ("preempted", 75), ("waiting", None)]
+    step = status(second)["step"]
+    assert 3 <= step < 40
+    with Running(words, place) as job:
+        assert job.end() == 0, job.screen
+        assert job.screen.count("finished before") == 1
+        assert f"goes on from step {step}" in job.screen or f"step {step + 1}/40" in job.screen
+    assert states(place / "stopped") == [("done", 0)] * 3
+    undisturbed = sftdist(["train", *KEYS, *longer, "seed=12", "run.dir=alone"], place)
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
+    names = ("step", "loss", "lr", "rows")
+    assert metrics(place / "alone", *names) == metrics(second, *names)
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The runs that have begun to train."""
+    return [file.parent for file in folder.glob("*/metrics.jsonl")]
+
+
+@pytest.mark.long
+def test_two_at_once(tmp_path: Path) -> None:
+    """From an empty folder: both lay the sample data out, and prepare it, at the same time."""
+    words = ["+exp=quickstart", "seed=1,2,3", "train.max_steps=2", "launch.nproc=1", "parallel=2", "tracking=disabled"]
+    with Running([*SWEEP, *words], tmp_path) as job:
+        assert job.end(600) == 0, job.screen
+        screen = job.screen
+    assert states(tmp_path) == [("done", 0)] * 3
+    screens = sorted(tmp_path.glob("runs/sweep-*/screens/*.log"))
+    assert [path.name for path in screens] == ["00000.log", "00001.log", "00002.log"]
+    assert all("done after step 2" in path.read_text() for path in screens)
+    assert "step 1/2" not in screen
+
+
+@pytest.mark.long
+def test_optuna_reads_the_metric(place: Path) -> None:
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweep` (hydra-optuna-sweeper) is not there"
+    )
+    words = [*KEYS, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize"]
+    words += ["optimizer.lr=interval(1e-5,1e-2)", "seed=7", "sweep.metric=loss", "hydra.sweep.dir=optuna"]
+    done = sftdist(["train", "-m", *words], place, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = entries(place / "optuna")
+    assert [entry["state"] for entry in found] == ["done"] * 3
+    (results,) = (place / "optuna").rglob("optimization_results.yaml")
+    best = min(entry["metric"] for entry in found)
+    assert f"best_value: {best}" in results.read_text()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,10 +22,16 @@ _OPENING = ("{", "[", "(")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What words can say: the names in each group of YAML files, and every key with its type in the user's words."""
+    """What words can say: the groups of YAML files, the names in one of them (looked up only for a word that is wrong),
+    and every key with its type in the user's words."""
 
-    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
+    groups: Collection[str]
+    names_in: Callable[[str], Sequence[str]]
+    keys: Mapping[str, str]
+
+    def names(self, group: str) -> Sequence[str]:
+        """The files of a group; none where there is no such group."""
+        return self.names_in(group) if group in self.groups else ()
 
     def kind(self, key: str) -> str:
         """A key's type in the user's words; nothing where there is no such key."""
@@ -116,9 +122,9 @@ def bare_words(before: str | None, words: Sequence[str], vocabulary: Vocabulary)
     given = f"{text}: given {'words' if len(words) > 1 else 'a word'} without '=', required key=value"
     values = [word.strip("=") for word in words[1:] if word.strip("=")]
     group, _, name = first.rpartition("/")
-    if first in vocabulary.groups.get("exp", ()):
+    if first in vocabulary.names("exp"):
         return f"{given}; did you mean +exp={first}?"
-    if name in vocabulary.groups.get(Path(group).name, ()):
+    if name in vocabulary.names(Path(group).name):
         return f"{given}; did you mean {Path(group).name}={name}?"
     if first in vocabulary.groups:
         return f"{given}; did you mean {first}={values[0] if values else 'NAME'}?"

@@ -229,9 +229,7 @@ def _group_names() -> list[str]:
 
 
 def _vocabulary(schema: type[TrainConfig]) -> Vocabulary:
-    return Vocabulary(
-        {group: _options(group) for group in _group_names()}, {key: kind for key, kind, _ in options(schema)}
-    )
+    return Vocabulary(_group_names(), _options, {key: kind for key, kind, _ in options(schema)})
 
 
 def _options(group: str) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
 
+pytestmark = pytest.mark.slurm
 STAND_IN = """\
 #!/usr/bin/env bash
 here="$HOME_OF_TEST/$SLURM_JOB_ID-$SLURM_NODEID-${SLURM_RESTART_COUNT:-0}"

@@ -90,14 +90,14 @@ def look(runs: Path, *, skip_collective: bool = False) -> Facts:
     with ExitStack() as stack:
         children = {name: stack.enter_context(probe.module(f"probe_{name}")) for name in ("torch", "model")}
         loading = stack.enter_context(probe.importing(program.MODULE))
-        flash = Flash()
-        if attention.installed():
-            tried = stack.enter_context(probe.importing(attention.PACKAGE)).probe()
+        trying = stack.enter_context(probe.importing(attention.PACKAGE)) if attention.installed() else None
+        asked, model, loaded = children["torch"].probe(), children["model"].probe(), loading.probe()
+        torch, flash = Torch.of(asked), Flash()
+        if trying is not None:
+            tried = trying.probe()
             flash = Flash(attention.version(), tried.error, tried.crashed)
-        torch = Torch.of(children["torch"].probe())
-        model, loaded = children["model"].probe(), loading.probe()
     # After the probes: two ranks that wait for one another should not wait for the cores, too.
-    collective = None if skip_collective or torch.error else network.try_collective()
+    collective = None if skip_collective or torch.error else network.try_collective(asked.seconds)
     return Facts(
         versions=versions.look(),
         torch=torch,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from typing import Any
 import psutil
 
 from sftdist.commands.doctor_checks.finding import Finding, note, ok, problem
-from sftdist.commands.doctor_checks.probe import running
+from sftdist.commands.doctor_checks.probe import module
 from sftdist.core.storage import read_json
 
 RANKS = 2
-SECONDS = 120.0  # with the imports of three processes
-_RANK = "sftdist.commands.doctor_checks.probe_ranks"
+SECONDS = 60.0  # with the imports of four processes, which have just been read by the probes
+_IMPORTS = 10.0  # or this many times what one process took: the machine or its disk may be slow
 _INFINIBAND = Path("/sys/class/infiniband")
 _NAMES = {"gloo": "gloo (which connects processes", "nccl": "NCCL (which connects GPUs"}
 
@@ -72,11 +71,11 @@ def _addresses(host: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(item[4][0]) for item in found))
 
 
-def try_collective(seconds: float = SECONDS) -> Collective:
-    """Start two ranks as training does, and see them sum."""
+def try_collective(import_seconds: float) -> Collective:
+    """Start two ranks as training does, and see them sum. `import_seconds`: what a process took to import torch."""
+    seconds = max(SECONDS, _IMPORTS * import_seconds)
     with tempfile.TemporaryDirectory(prefix="sftdist-doctor-") as folder:
-        command = [sys.executable, "-m", "sftdist.core.agent", folder, "--standalone", "--nproc-per-node", str(RANKS)]
-        with running([*command, "-m", _RANK, folder], {"OMP_NUM_THREADS": "1"}) as child:
+        with module("probe_collective", folder) as child:
             ended = child.wait(seconds)
         diaries = [read_json(path) for path in sorted(Path(folder).glob("rank-*.json"))]
         return _collective(diaries, ended, seconds)
@@ -99,7 +98,7 @@ def findings(network: Network, collective: Collective | None, gpus: int) -> Iter
     """`collective`: None where it was not tried; `gpus`: how many torch sees."""
     yield _host_name(network)
     if collective is None:
-        yield note("collective", "not tried (--skip-collective): two processes that sum numbers")
+        yield note("collective", "not tried: two processes that sum numbers together, as the processes of training do")
         return
     if collective.error:
         yield problem("collective", _failure(collective), _cause(network, collective))
@@ -121,17 +120,12 @@ def _failure(collective: Collective) -> str:
 
 def _cause(network: Network, collective: Collective) -> str:
     for variable, value in network.chosen.items():
-        wanted = re.split(r",", value.lstrip("^="))
-        if not value.startswith("^") and not any(_names(wanted, value, name) for name in network.interfaces):
+        if not any(_means(variable, value, name) for name in network.interfaces):
             return f"{variable}={value} names no interface of this host; it has {', '.join(network.interfaces)}."
     if not any(address.startswith("127.") for addresses in network.interfaces.values() for address in addresses):
         return "The loopback interface has no address:\n    ip link set lo up"
-    foreign = _foreign(network)
-    if foreign:
-        return (
-            f"The name of this host, {network.host}, resolves to {foreign}, which is no address of it. Correct "
-            "/etc/hosts, or set GLOO_SOCKET_IFNAME and the address in it."
-        )
+    if stray := _stray(network):
+        return f"{stray}. Correct that in /etc/hosts: torch finds the processes of a job by that name."
     if "nccl" in collective.stage:
         return (
             "NCCL_DEBUG=INFO makes NCCL say more. Where it hangs between GPUs of one machine, see whether "
@@ -140,17 +134,26 @@ def _cause(network: Network, collective: Collective) -> str:
     return f"Try GLOO_SOCKET_IFNAME={_outward(network) or 'lo'}; a firewall on this host is another possible cause."
 
 
-def _names(wanted: list[str], value: str, name: str) -> bool:
-    """gloo takes a list of names; NCCL a list of prefixes, or of names after =."""
-    return any(name == word or (not value.startswith("=") and name.startswith(word)) for word in wanted)
+def _means(variable: str, value: str, name: str) -> bool:
+    """Whether a list of interfaces includes one. gloo's has names; NCCL's has prefixes, names after =, and after ^ what
+    it leaves out."""
+    words = value.lstrip("^=").split(",")
+    if variable.startswith("GLOO") or value.lstrip("^").startswith("="):
+        included = name in words
+    else:
+        included = name.startswith(tuple(words))
+    return included != value.startswith("^")
 
 
-def _foreign(network: Network) -> str:
-    """An address that the host's name has and that the host has not; "no address" where it resolves to none."""
+def _stray(network: Network) -> str:
+    """What is wrong with the addresses of the host's name; "" where nothing is."""
     if not network.addresses:
-        return "no address"
+        return f"The name of this host, {network.host}, resolves to no address"
     own = {address for addresses in network.interfaces.values() for address in addresses}
-    return next((a for a in network.addresses if a not in own and not _is_loopback(a)), "")
+    for address in network.addresses:
+        if address not in own and not _is_loopback(address):
+            return f"The name of this host, {network.host}, resolves to {address}, which this host does not have"
+    return ""
 
 
 def _is_loopback(address: str) -> bool:
@@ -166,27 +169,17 @@ def _outward(network: Network) -> str:
 
 
 def _host_name(network: Network) -> Finding:
-    shown = ", ".join(network.addresses)
-    count = len(network.infiniband)
-    fabric = (
-        f" {count} InfiniBand or RoCE device{'s' if count > 1 else ''} for fast exchange between nodes."
-        if count
-        else ""
+    shown, count = ", ".join(network.addresses), len(network.infiniband)
+    devices = f" {count} InfiniBand or RoCE device{'s' if count > 1 else ''} for fast exchange between nodes."
+    fabric = devices if count else ""
+    if stray := _stray(network):
+        advice = "Correct that in /etc/hosts: torch finds the processes of a job by that name."
+        return note("host-name", f"{stray}.{fabric}", advice)
+    if not all(map(_is_loopback, network.addresses)):
+        return ok("host-name", f"{network.host} resolves to {shown}, an address of this host.{fabric}")
+    several = (
+        " For several nodes, sftdist train launch.nodes=N chooses the interface itself; a bare torchrun needs "
+        f"GLOO_SOCKET_IFNAME={_outward(network)}."
     )
-    if foreign := _foreign(network):
-        text = (
-            f"{network.host} resolves to {foreign if not network.addresses else shown}, which this host does not have."
-        )
-        if not network.addresses:
-            text = f"{network.host} resolves to no address."
-        advice = "Add it to /etc/hosts with an address of this host: torch finds the processes of a job by that name."
-        return note("host-name", text + fabric, advice)
-    if all(map(_is_loopback, network.addresses)):
-        text = f"{network.host} resolves to {shown}: right for one machine."
-        interface = _outward(network)
-        several = (
-            f"For several nodes, sftdist train launch.nodes=N chooses the interface itself; a bare torchrun needs "
-            f"GLOO_SOCKET_IFNAME={interface}."
-        )
-        return ok("host-name", text + (f" {several}" if interface else "") + fabric)
-    return ok("host-name", f"{network.host} resolves to {shown}, an address of this host.{fabric}")
+    advice = several if _outward(network) else ""
+    return ok("host-name", f"{network.host} resolves to {shown}: right for one machine.{advice}{fabric}")

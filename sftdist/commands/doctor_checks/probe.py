@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -22,11 +22,12 @@ _IMPORT = "import importlib, sys; importlib.import_module(sys.argv[1])"
 @dataclass(frozen=True)
 class Probe:
     """`facts`: the JSON object that the process printed; `error`: one line where it did not end well; `crashed`:
-    it was ended by a signal or did not end."""
+    it was ended by a signal or did not end; `seconds`: how long it took."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     crashed: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,17 @@ class Child:
         if code > 0:
             return Probe(error=last_line(self.errors()) or f"ended with exit code {code}")
         said = [line for line in self.output().splitlines() if line.startswith(FACTS)]
-        return Probe(facts=json.loads(said[-1].removeprefix(FACTS)) if said else {})
+        facts = json.loads(said[-1].removeprefix(FACTS)) if said else {}
+        return Probe(facts=facts, seconds=time.monotonic() - self.started)
 
 
 @contextmanager
-def running(command: Sequence[str], variables: Mapping[str, str] | None = None) -> Iterator[Child]:
+def running(command: Sequence[str]) -> Iterator[Child]:
     """Start a command; its whole process group is gone when the block ends."""
     # Files, not pipes: nobody has to read them while it runs.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             list(command),
-            env={**os.environ, **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -87,9 +88,9 @@ def running(command: Sequence[str], variables: Mapping[str, str] | None = None) 
             process.wait()
 
 
-def module(name: str) -> AbstractContextManager[Child]:
-    """`python -m name`, one of the probes here."""
-    return running([sys.executable, "-m", f"sftdist.commands.doctor_checks.{name}"])
+def module(name: str, *arguments: str) -> AbstractContextManager[Child]:
+    """`python -m name arguments`, one of the probes here."""
+    return running([sys.executable, "-m", f"sftdist.commands.doctor_checks.{name}", *arguments])
 
 
 def importing(name: str) -> AbstractContextManager[Child]:

@@ -16,7 +16,7 @@ from sftdist.core.peers import PeerError
 from sftdist.core.storage import write_json
 
 RANKS = 2
-START_SECONDS = 60.0  # for the imports of the other rank
+START_SECONDS = 600.0  # for the imports of the other rank; who started both has less patience
 COLLECTIVE_SECONDS = 10.0
 _NUMBERS = 2**20
 

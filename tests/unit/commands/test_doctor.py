@@ -278,7 +278,11 @@ def test_compilers_are_looked_for_on_the_path_and_in_cuda_home(tmp_path: Path, m
         (replace(WIRED, chosen={"NCCL_SOCKET_IFNAME": "=eth"}), "connecting", "NCCL_SOCKET_IFNAME==eth names no"),
         (replace(WIRED, chosen={"NCCL_SOCKET_IFNAME": "eth"}), "summing numbers over nccl", "NCCL_DEBUG=INFO"),
         (replace(WIRED, chosen={"NCCL_SOCKET_IFNAME": "^docker"}), "connecting", "Try GLOO_SOCKET_IFNAME=eth0"),
-        (replace(WIRED, addresses=("10.9.9.9",)), "connecting", "box, resolves to 10.9.9.9, which is no address of it"),
+        (
+            replace(WIRED, addresses=("10.9.9.9",)),
+            "connecting",
+            "box, resolves to 10.9.9.9, which this host does not have",
+        ),
         (replace(WIRED, addresses=()), "connecting", "box, resolves to no address"),
         (replace(WIRED, interfaces={"eth0": ("10.0.0.5",)}), "connecting", "ip link set lo up"),
         (WIRED, "connecting", "Try GLOO_SOCKET_IFNAME=eth0"),

@@ -140,7 +140,7 @@ def _refuse(sweep: Sweep, jobs: Sequence[Job], settings: ArraySettings) -> None:
         if job.cfg.launch.nodes > 1:
             raise ConfigError(
                 f"launch.nodes: given {job.cfg.launch.nodes}, but SLURM says it to each task; "
-                f"write 'hydra.launcher.options=[--nodes={job.cfg.launch.nodes}]' instead"
+                f"write 'hydra.launcher.options=[\"--nodes={job.cfg.launch.nodes}\"]' instead"
             )
 
 

@@ -61,7 +61,7 @@ def _refuse_several_hosts(jobs: Sequence[Job]) -> None:
         if job.cfg.launch.nodes > 1:
             raise ConfigError(
                 f"launch.nodes: given {job.cfg.launch.nodes} in a sweep, required 1, since its jobs start on this host "
-                "only; for several hosts use hydra/launcher=slurm 'hydra.launcher.options=[--nodes=2]'"
+                "only; for several hosts use hydra/launcher=slurm 'hydra.launcher.options=[\"--nodes=2\"]'"
             )
 
 

@@ -19,18 +19,10 @@ from sftdist.core import agent
 from sftdist.core.command import Command, run_command
 from sftdist.core.distributed import StopSignal, is_worker, restart_count, session
 from sftdist.core.errors import DataError
-from sftdist.core.failure import Failure, print_failure, write_failure
 from sftdist.core.ranklog import rank_log
 
 logging.basicConfig()  # before the log is opened, as libraries do when they are imported
 NATIVE = b"terminate called after throwing an instance of 'std::bad_function_call'\n"
-
-
-def report(run_dir: Path, failure: Failure) -> None:
-    """As the trainer does."""
-    print_failure(failure, run_dir)
-    write_failure(run_dir, failure)
-    agent.write_status(run_dir, "failed", failure.code, failure.message, failure.step, rank=failure.rank)
 
 
 def talk(rank: int) -> None:
@@ -59,7 +51,7 @@ def end(how: str) -> None:
 def run(run_dir: Path, how: str) -> None:
     """One rank."""
     StopSignal().install()  # torchrun sends TERM to the rest: a trainer takes it as "after this step"
-    with rank_log(run_dir, restart_count() + 1), session(report=partial(report, run_dir)) as world:
+    with rank_log(run_dir, restart_count() + 1), session(report=partial(agent.report, run_dir)) as world:
         if world.is_main:
             agent.write_status(run_dir, "running", agent.FAILED)
         talk(world.rank)

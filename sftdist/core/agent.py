@@ -210,6 +210,9 @@ def _wait(child: subprocess.Popen[bytes]) -> Counter[int]:
     seen: Counter[int] = Counter()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if not seen:
+            again = "; a second one stops at once and saves nothing" * (number == signal.SIGINT)
+            _say(f"sftdist: stopping after this step, with everything saved ({_SENT[number]}){again}")
         if not seen or stops_at_once(seen, number):
             child.send_signal(number)
         seen[number] += 1
@@ -224,6 +227,9 @@ def _wait(child: subprocess.Popen[bytes]) -> Counter[int]:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return seen
+
+
+_SENT = {int(number): "Ctrl-C" if number == signal.SIGINT else number.name for number in STOP_SIGNALS}
 
 
 def _name_of_start(run_dir: Path, before: dict[str, Any] | None) -> str | None:
@@ -279,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     folder, given, *arguments = sys.argv[1:] if argv is None else argv
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if "LOGLEVEL" not in os.environ:
+        _silence_torchrun()
     options, nodes = torchrun.parse_args(arguments), json.loads(given)
     if nodes is None:
         return _run(Path(folder), options, None)
@@ -290,6 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except SignalException:  # before there was a rank
         return PREEMPTED
+
+
+def _silence_torchrun() -> None:
+    """It tells of every signal and exit code; what a user needs of that, this agent says. Its loggers have levels of
+    their own, which torch takes from LOGLEVEL."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _run_together(run_dir: Path, options: argparse.Namespace, nodes: Nodes) -> int:

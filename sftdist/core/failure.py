@@ -103,9 +103,9 @@ def lines(failure: Failure, run_dir: Path | None = None) -> list[str]:
     return said
 
 
-def headline(failure: Failure, cause: str | None = None) -> str:
-    """Who failed, where, and the first line of the reason (or another cause), where all of it has been said before."""
-    first, *more = (cause or failure.message).split("\n")
+def headline(failure: Failure) -> str:
+    """Who failed, where, and the first line of the reason, where all of it has been said before."""
+    first, *more = failure.message.split("\n")
     short = first if len(first) <= _CAUSE_SHOWN and not more else f"{first[:_CAUSE_SHOWN]} ..."
     return f"{_who(failure)}: {short}"
 

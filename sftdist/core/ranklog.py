@@ -69,6 +69,12 @@ def tell(text: str) -> None:
                 print(f"{fresh_line(stream)}{text}", file=stream, flush=True)
 
 
+def note(text: str) -> None:
+    """Write to this rank's log alone."""
+    if isinstance(sys.stderr, Copied):
+        sys.stderr.log.write(f"{text}\n")
+
+
 def fresh_line(stream: TextIO) -> str:
     """What to print before a line on a terminal where a rank may have left its progress bar."""
     return "\r\x1b[K" if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" else ""

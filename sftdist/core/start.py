@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 START_VARIABLE = "SFTDIST_START"  # the name that `agent.launch` gives to one start of the agent
+OURS = START_VARIABLE in os.environ  # before a name is adopted: whether `agent.launch` has started this process
 
 
 def this_start() -> str | None:

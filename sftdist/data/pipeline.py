@@ -233,7 +233,6 @@ def _have_store(
         say(f"{task.name}: the store is damaged and is written again ({damaged[0]})")
         shutil.rmtree(task.path)
     if task.path.is_dir():
-        say(f"{task.name}: {task.path} is up to date")
         return Preparation(TokenStore.open(task.path), reused=True, changed=[])
     changed = changed_ingredients(task.path, task.name, task.ingredients)
     if changed:

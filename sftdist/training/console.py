@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
@@ -57,6 +57,23 @@ class Above:
             self._console.print(said, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
+class Narrower:
+    """Something without the last columns of the terminal: in a full line, the ^C that a person types begins another."""
+
+    def __init__(self, shown: RenderableType) -> None:
+        self._shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self._shown, options.update_width(options.max_width - len("^C ")))
+
+
+class Bar(Progress):
+    """A progress bar that leaves room for what a person types."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from map(Narrower, super().get_renderables())
+
+
 class ProgressConsole:
     """A bar with loss, learning rate, tokens per second and time left. What others print meanwhile, and evaluations,
     stand above it."""
@@ -66,7 +83,7 @@ class ProgressConsole:
         self._streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Copied)]
         self._above = Above(console)
         self._pace = Pace(total_steps)
-        self._progress = Progress(
+        self._progress = Bar(
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
             TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),

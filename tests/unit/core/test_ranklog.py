@@ -204,6 +204,7 @@ def test_the_console_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.Monke
             print("half a line", end="")
         assert sys.stdout is console
         assert handler.stream is console
+        logging.getLogger("library").removeHandler(handler)
     assert os.read(terminal[0], 100) == b"\x1b[31mred\x1b[0m\r\nhalf a line"
     assert logged(tmp_path, 0) == ["===", "red", "half a line"]
     os.close(terminal[0])

@@ -1,6 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: `use_venv [EXTRA]` activates a virtual environment with sftdist installed from
 # this checkout, in the versions of constraints.txt. SFTDIST_VENV names the environment; else the active one, else .venv.
 
+# shellcheck disable=SC2120
 use_venv() {
     local extra="${1:-}" venv="${SFTDIST_VENV:-${VIRTUAL_ENV:-$PWD/.venv}}" stamp
     if [ ! -x "$venv/bin/python" ]; then

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import pytest
 
+from tests.e2e.jobs import environments, ranks_among
 from tests.e2e.workshop import environment
 
 LINK = "veth0"
@@ -80,16 +82,24 @@ class TwoHosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in self.names:
-            for pid in self.processes(name):
-                os.kill(pid, signal.SIGKILL)
+        for host, name in enumerate(self.names):
+            self.kill(self.processes(host))
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
             shutil.rmtree(NAMESPACE_FILES / name, ignore_errors=True)
 
-    def processes(self, name: str) -> list[int]:
-        """The process ids in a namespace."""
-        found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    def processes(self, host: int) -> list[int]:
+        """The process ids on a host."""
+        found = subprocess.run(["ip", "netns", "pids", self.names[host]], capture_output=True, text=True, check=False)
         return [int(word) for word in found.stdout.split()]
+
+    def ranks(self, host: int) -> list[int]:
+        """Those of the ranks."""
+        return list(ranks_among(environments(self.processes(host))).values())
+
+    def kill(self, pids: Iterable[int]) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def cut(self) -> None:
         """Pull the cable at the second host."""
@@ -122,6 +132,16 @@ class TwoHosts:
                 )
             processes.append(process)
         return Pair(processes, logs)
+
+    def listen(self, host: int, port: int) -> subprocess.Popen[bytes]:
+        """A program that listens on a port of a host and says nothing."""
+        program = "import socket, sys, time; s = socket.create_server(('', int(sys.argv[1]))); print(); time.sleep(600)"
+        words = ["ip", "netns", "exec", self.names[host], sys.executable, "-uc", program, str(port)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.readline() == b"\n"
+        return process
 
     def _name(self) -> None:
         for own, name in enumerate(self.names):

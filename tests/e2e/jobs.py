@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -64,21 +64,12 @@ class Running:
 
     def processes(self) -> dict[int, dict[str, str]]:
         """The environment of every living process of this job, by process id."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it has just ended, or is not ours to look at
-                continue
-            if f"SFTDIST_TEST_JOB={self._job}" in words:
-                found[int(folder.name)] = dict(word.split("=", 1) for word in words if "=" in word)
-        return found
+        everybody = environments(int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+        return {pid: here for pid, here in everybody.items() if here.get("SFTDIST_TEST_JOB") == self._job}
 
     def ranks(self) -> dict[int, int]:
-        """The process id of every rank. What a rank has started is no rank."""
-        processes = self.processes()
-        ranks = {pid: int(here["RANK"]) for pid, here in processes.items() if "RANK" in here}
-        return {rank: pid for pid, rank in ranks.items() if _parent(pid) not in ranks}
+        """The process id of every rank."""
+        return ranks_among(self.processes())
 
     def agent(self) -> int:
         """The process id of torchrun's agent: the parent of the ranks."""
@@ -112,6 +103,24 @@ class Running:
     def _signal(self, pid: int, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def environments(pids: Iterable[int]) -> dict[int, dict[str, str]]:
+    """The environment of those that live, by process id."""
+    found = {}
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has just ended, or is not ours to look at
+            continue
+        found[pid] = dict(word.split("=", 1) for word in words if "=" in word)
+    return found
+
+
+def ranks_among(processes: Mapping[int, Mapping[str, str]]) -> dict[int, int]:
+    """The process id of every rank. What a rank has started is no rank."""
+    ranks = {pid: int(here["RANK"]) for pid, here in processes.items() if "RANK" in here}
+    return {rank: pid for pid, rank in ranks.items() if _parent(pid) not in ranks}
 
 
 def finish(folder: Path, *overrides: str) -> str:

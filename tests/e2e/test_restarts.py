@@ -17,6 +17,7 @@ from sftdist.core.errors import StartupError
 from sftdist.core.lock import RunLock
 from sftdist.train import run
 from sftdist.training import opening
+from tests.conftest import ROOT
 from tests.e2e.jobs import KEYS, TRAIN, Running, finish, same, torchrun
 from tests.e2e.workshop import metrics, model_folder, status
 
@@ -90,6 +91,24 @@ def test_a_group_that_dies_in_its_imports_comes_back_after_an_earlier_preemption
         job.tell(KILL, job.ranks()[1])
         assert job.end() == 0, job.screen
     assert same(place, "runs/imports", "runs/whole")
+
+
+@pytest.mark.long
+def test_a_preset_that_is_edited_meanwhile_does_not_begin_another_run(place: Path, tmp_path: Path) -> None:
+    """The restarted ranks read it again; the directory is named by what it says."""
+    for name in ("model", "my.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    preset = tmp_path / "conf/exp/mine.yaml"
+    preset.parent.mkdir(parents=True)
+    text = (ROOT / "conf/exp/full.yaml").read_text()
+    preset.write_text(f"{text}  weight_decay: 0.1\n")
+    with Running([*TRAIN, "+exp=mine", *KEYS[1:], "launch.max_restarts=1"], tmp_path) as job:
+        job.until(lambda: any((tmp_path / "runs").glob("*/checkpoints/step-*/manifest.json")))
+        preset.write_text(f"{text}  weight_decay: 0.2\n")
+        job.tell(KILL, job.ranks()[1])
+        assert job.end() == 2, job.screen
+        assert "optimizer.weight_decay: was 0.1, now 0.2" in job.screen
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def poisoned(place: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 from sftdist.core.snapshot import read_config
 from tests.conftest import ROOT
 from tests.e2e.workshop import sftdist, status
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import OVER, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # several starts of torchrun each, on a busy machine
 QUICKSTART = (
-    *("+exp=quickstart", "train.max_steps=20", "launch.nproc=1", "tracking.wandb=disabled"),
+    *("train.max_steps=20", "launch.nproc=1", "tracking.wandb=disabled"),
     *("eval.every_steps=0", "checkpoint.every_steps=0", "train.startup_checks=false", "data.workers=1"),
 )
 # What no two runs have in common: the clock, and how much memory the process happens to hold.
@@ -30,16 +29,21 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in OWN} for line in lines if line["kind"] == "train"]
 
 
-def submit(cluster: Cluster, *words: str, nodes: int, options: Sequence[str] = ()) -> tuple[str, Path]:
+def submit(cluster: Cluster, *words: str, nodes: int, exp: str = "quickstart") -> tuple[str, Path]:
     """A training job; its number and its run directory."""
-    job = cluster.submit("train.sbatch", *QUICKSTART, *words, options=[f"--nodes={nodes}", *options])
-    return job, cluster.home / f"runs/quickstart-{job}"
+    job = cluster.submit("train.sbatch", f"+exp={exp}", *QUICKSTART, *words, options=[f"--nodes={nodes}"])
+    return job, cluster.home / f"runs/{exp}-{job}"
 
 
 def until_step(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:
+    """Wait for the figures of an optimizer step of a job that runs, or waits for its nodes."""
     file = run_dir / "metrics.jsonl"
-    why = lambda: f"{cluster.job(job)}\n{cluster.log(job)}"  # noqa: E731
-    cluster.until(lambda: file.is_file() and f'"step": {step},' in file.read_text(), 240, why)
+
+    def there() -> bool:
+        assert cluster.state(job) not in OVER, cluster.log(job)
+        return file.is_file() and f'"step": {step},' in file.read_text()
+
+    cluster.until(there, 240, lambda: cluster.log(job))
 
 
 def succeed(cluster: Cluster, job: str) -> None:
@@ -102,8 +106,7 @@ def test_requeued_by_a_person_and_with_an_edited_preset(cluster: Cluster, whole:
     preset = cluster.home / "conf/exp/mine.yaml"
     preset.parent.mkdir(parents=True)
     preset.write_text(text)
-    job = cluster.submit("train.sbatch", *QUICKSTART, "+exp=mine", options=["--nodes=2"])
-    run_dir = cluster.home / f"runs/mine-{job}"
+    job, run_dir = submit(cluster, nodes=2, exp="mine")
     until_step(cluster, job, run_dir, 3)
     preset.write_text(text.replace("precision: bf16", "precision: fp32"))
     cluster.run("scontrol", "requeue", job)
@@ -121,7 +124,15 @@ def test_requeued_by_a_person_and_with_an_edited_preset(cluster: Cluster, whole:
 @pytest.mark.long
 def test_a_sweep_of_three_mixtures_is_one_array(cluster: Cluster) -> None:
     mixtures = "{domain:0.8,general:0.1,format:0.1},{domain:0.5,general:0.3,format:0.2},balanced"
-    words = ["train", "-m", "hydra/launcher=slurm", *QUICKSTART, "train.max_steps=4", f"+data.mix={mixtures}"]
+    words = [
+        "train",
+        "-m",
+        "hydra/launcher=slurm",
+        "+exp=quickstart",
+        *QUICKSTART,
+        "train.max_steps=4",
+        f"+data.mix={mixtures}",
+    ]
     done = cluster.run(sys.executable, "-m", "sftdist.cli", *words)
     runs = [path for path in (cluster.home / "runs").glob("quickstart-*") if (path / "config.yaml").is_file()]
     swept = [path for path in runs if len(curve(path)) == 4]

@@ -56,7 +56,7 @@ from sftdist.core.meeting import meet, open_store
 from sftdist.core.nodes import Nodes, rendezvous, require_port
 from sftdist.core.oom import oom_kills
 from sftdist.core.ranklog import fresh_line, last_words, log_file, note, tell
-from sftdist.core.relay import StopRelay
+from sftdist.core.relay import Others, Relay
 from sftdist.core.start import OURS, START_VARIABLE, adopt_start, this_start
 from sftdist.core.storage import read_json, write_json
 
@@ -201,7 +201,9 @@ def launch(
     # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on.
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     seen = _wait(child)
-    if nodes is not None and child.returncode != BAD_CONFIG:
+    if nodes is not None:
+        if child.returncode == BAD_CONFIG:
+            return BAD_CONFIG
         start = _name_of_start(run_dir, before) or start
     return _exit_code(run_dir, start, child.returncode, stopped=bool(seen))
 
@@ -289,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_torchrun()
     options, nodes = torchrun.parse_args(arguments), json.loads(given)
     if nodes is None:
-        return _run(Path(folder), options, None)
+        return _run(Path(folder), options, Others())
     try:
         return _run_together(Path(folder), options, Nodes(**nodes))
     except SftdistError as error:
@@ -309,13 +311,16 @@ def _silence_torchrun() -> None:
 
 def _run_together(run_dir: Path, options: argparse.Namespace, nodes: Nodes) -> int:
     store = open_store(nodes)
-    with StopRelay(store, nodes.count, serving=nodes.hosting) as relay:
+    with Relay(store, nodes.count, serving=nodes.hosting) as relay:
         met = meet(store, nodes, _plan(run_dir, options, nodes), str(this_start()))
         adopt_start(met.start)
         options.local_addr = met.source
         if met.interface is not None:  # gloo would take the one that this host's name stands for, often the loopback
             os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
-        return _run(run_dir, options, relay)
+        code = _run(run_dir, options, relay)
+        if code == FAILED:
+            relay.fail()
+        return code
 
 
 def _plan(run_dir: Path, options: argparse.Namespace, nodes: Nodes) -> dict[str, str]:
@@ -329,7 +334,7 @@ def _plan(run_dir: Path, options: argparse.Namespace, nodes: Nodes) -> dict[str,
     }
 
 
-def _run(run_dir: Path, options: argparse.Namespace, relay: StopRelay | None) -> int:
+def _run(run_dir: Path, options: argparse.Namespace, others: Others) -> int:
     killed_before = oom_kills()
     try:
         torchrun.run(options)
@@ -338,12 +343,12 @@ def _run(run_dir: Path, options: argparse.Namespace, relay: StopRelay | None) ->
         _report_left(run_dir)  # the save after a signal may be what has failed
         return PREEMPTED
     except (ChildFailedError, DistError, RendezvousError) as error:
-        if relay is not None and relay.stopped and _end_of(run_dir) is None:
+        if others.stopped and _end_of(run_dir) is None:
             return PREEMPTED  # those of another node had left
-        if isinstance(error, ChildFailedError):
+        if isinstance(error, ChildFailedError) and not others.alone:
             rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode != -9, item[1].timestamp))
             return _report(run_dir, rank, failure, out_of_memory=oom_kills() > killed_before)
-        return _report_loss(run_dir, error)
+        return _report_loss(run_dir, repr(error) if not others.alone else "its ranks have failed")
     return DONE
 
 
@@ -370,10 +375,10 @@ def _end_of(run_dir: Path) -> dict[str, Any] | None:
     return status if status is not None and status["state"] != "running" else None
 
 
-def _report_loss(run_dir: Path, error: Exception) -> int:
-    """Say what ended a node's part of the run where torchrun has lost the other nodes."""
+def _report_loss(run_dir: Path, reason: str) -> int:
+    """Say what ended a node's part of the run where that was another node's end."""
     if not _report_left(run_dir) and _end_of(run_dir) is None:
-        _say(f"sftdist: error: another node's agent has ended, or does not come back: its log says why ({error!r})")
+        _say(f"sftdist: error: another node has ended, or does not come back ({reason}): its log says why")
     return FAILED
 
 

@@ -1,7 +1,8 @@
-"""A stop signal to the agent of one node stops those of all.
+"""A stop signal to the agent of one node stops those of all, and one that gives up ends the ranks of all.
 
-torchrun's agents do not hear of each other's signals. The ranks agree on a stop by themselves, but only once they
-train, and an agent whose ranks have left waits for minutes for one that was told to leave.
+torchrun's agents hear nothing of each other. The ranks agree on a stop and watch each other, but only once all of them
+have started: until then those of one node would wait for minutes for those of another, and an agent whose ranks have
+left does so for one that was told to leave.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 
+import psutil
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -20,14 +22,30 @@ from sftdist.core.distributed import STOP_SIGNALS
 
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 5.0  # how long the process that serves the store stays for the others to hear of a stop
+ALONE_SECONDS = 20.0  # for ranks to end by themselves when those of another node have failed
 END_SECONDS = 2.0  # for the threads to end; they are blocked where the network is cut
 SIGNALS = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 
 
-class StopRelay:
+class Others:
+    """What an agent knows of those of other nodes; by itself, that there are none."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether any node has got a stop signal, as far as this one can know."""
+        return False
+
+    @property
+    def alone(self) -> bool:
+        """Whether the ranks of this node were killed because those of another have failed."""
+        return False
+
+
+class Relay(Others):
     """Context manager for the main thread of `members` processes at one store; this one may be `serving` it.
 
-    A stop signal raises torchrun's SignalException in the process that gets it, and TERM does in all others.
+    A stop signal raises torchrun's SignalException in the process that gets it, and TERM does in all others. Where one
+    has failed (`fail`), the children of the others are killed if they do not end by themselves.
     """
 
     def __init__(self, store: dist.Store, members: int, *, serving: bool) -> None:
@@ -36,8 +54,9 @@ class StopRelay:
         self._serving = serving
         self._knows = threading.Event()  # this process has got a signal
         self._over = threading.Event()
+        self._alone = threading.Event()  # another one has failed, and our ranks were killed
 
-    def __enter__(self) -> StopRelay:
+    def __enter__(self) -> Relay:
         for number in SIGNALS:
             signal.signal(number, _leave)
         read, self._write = os.pipe()
@@ -64,10 +83,18 @@ class StopRelay:
 
     @property
     def stopped(self) -> bool:
-        """Whether any member has got a stop signal, as far as this one can know."""
         with suppress(dist.DistError):
             return self._knows.is_set() or self._store.check(["stop"])
         return self._knows.is_set()
+
+    @property
+    def alone(self) -> bool:
+        return self._alone.is_set()
+
+    def fail(self) -> None:
+        """Tell the others that this one has given up."""
+        with suppress(dist.DistError):
+            self._store.set("failed", "1")
 
     def _tell(self, read: int) -> None:
         with os.fdopen(read, "rb", buffering=0) as pipe, suppress(dist.DistError):
@@ -78,12 +105,20 @@ class StopRelay:
                     self._store.add("stopped", 1)
 
     def _listen(self) -> None:
+        failed_at: float | None = None
         with suppress(dist.DistError):  # the store has ended, and with it the run
             while not self._over.wait(POLL_SECONDS):
                 if self._store.check(["stop"]):
                     if not self._knows.is_set():
                         os.kill(os.getpid(), signal.SIGTERM)
                     return
+                if failed_at is None and self._store.check(["failed"]):
+                    failed_at = time.monotonic()
+                if failed_at is not None and time.monotonic() > failed_at + ALONE_SECONDS:
+                    self._alone.set()
+                    for child in psutil.Process().children(recursive=True):
+                        with suppress(psutil.NoSuchProcess):
+                            child.kill()
 
     def _linger(self) -> None:
         deadline = time.monotonic() + LINGER_SECONDS

@@ -126,6 +126,18 @@ def test_a_killed_rank_on_either_host_comes_back(nodes: Nodes, address: str, hos
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_rank_that_dies_in_its_imports_ends_both(nodes: Nodes, host: int) -> None:
+    """One that a broken installation on one host ends, say. The other one's would wait for it for minutes."""
+    pair = nodes.start(STATIC, f"run.dir=runs/imports-{host}")
+    pair.until(lambda: bool(nodes.hosts.ranks(host)))
+    nodes.hosts.kill(nodes.hosts.ranks(host))
+    assert pair.codes(90) == [1, 1], pair.texts()
+    assert "died: ended by SIGKILL" in pair.texts()[host]
+    assert "sftdist: error:" in pair.texts()[1 - host]
+
+
+@pytest.mark.long
 @EACH_RENDEZVOUS
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_host_that_dies_ends_the_other_with_a_cause(nodes: Nodes, address: str, host: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -14,10 +15,11 @@ from multiprocessing.process import BaseProcess
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from sftdist.core import relay
 from sftdist.core.errors import StartupError
 from sftdist.core.meeting import meet, open_store
 from sftdist.core.nodes import Nodes
-from sftdist.core.relay import LINGER_SECONDS, StopRelay
+from sftdist.core.relay import LINGER_SECONDS, Relay
 from tests.ranks import context
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
@@ -27,7 +29,7 @@ def agent(pipe: Connection, nodes: Nodes) -> None:
     """Says what happens to it."""
     store = open_store(nodes)
     try:
-        with StopRelay(store, nodes.count, serving=nodes.hosting) as relay:
+        with Relay(store, nodes.count, serving=nodes.hosting) as others:
             try:
                 pipe.send("here")
                 meet(store, nodes, {}, "start")
@@ -35,7 +37,7 @@ def agent(pipe: Connection, nodes: Nodes) -> None:
                 time.sleep(60)
             except SignalException as error:
                 pipe.send(signal.Signals(error.sigval).name)
-                while not relay.stopped:
+                while not others.stopped:
                     time.sleep(0.01)
     except StartupError as error:
         pipe.send(str(error))
@@ -44,14 +46,14 @@ def agent(pipe: Connection, nodes: Nodes) -> None:
 class Agents:
     """As many processes as nodes, the first of which hosts the meeting; `missing`: how many do not come."""
 
-    def __init__(self, count: int, missing: int = 0) -> None:
+    def __init__(self, count: int, missing: int = 0, program: Callable[[Connection, Nodes], None] = agent) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             nodes = Nodes(count, f"127.0.0.1:{server.getsockname()[1]}", 0, seconds=60.0)
         self.processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         for rank in range(count - missing):
             mine, theirs = context.Pipe()
-            process = context.Process(target=agent, args=(theirs, replace(nodes, rank=rank)), daemon=True)
+            process = context.Process(target=program, args=(theirs, replace(nodes, rank=rank)), daemon=True)
             process.start()
             self._pipes.append(mine)
             self.processes.append(process)
@@ -115,3 +117,21 @@ def test_a_host_that_dies_while_others_wait_is_named() -> None:
     assert (waiting.hear(0), waiting.hear(1)) == ("here", "here")
     waiting.tell(0, signal.SIGKILL)
     assert "the node that hosts the meeting has left before all nodes had come" in waiting.hear(1)
+
+
+def failing(pipe: Connection, nodes: Nodes) -> None:
+    """The second one gives up; the first has a child that would stay."""
+    relay.ALONE_SECONDS = 1.0
+    with Relay(open_store(nodes), nodes.count, serving=nodes.hosting) as others:
+        if not nodes.hosting:
+            others.fail()
+            time.sleep(60)
+        child = subprocess.Popen(["sleep", "60"])
+        began = time.monotonic()
+        pipe.send(f"{-child.wait()} {others.alone} {time.monotonic() - began > 1}")
+
+
+def test_ranks_that_wait_for_those_of_a_node_that_has_failed_are_ended() -> None:
+    pair = Agents(2, program=failing)
+    assert pair.hear(0) == f"{int(signal.SIGKILL)} True True"
+    pair.tell(1, signal.SIGKILL)

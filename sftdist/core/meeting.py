@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
@@ -45,13 +46,12 @@ class Met:
 def open_store(nodes: Nodes) -> dist.Store:
     """The store of the meeting: this process serves it where it hosts (torchrun's store is the same one then), else it
     waits for the host. Raises ConfigError where the port is in use, StartupError where no store answers in time."""
-    waiting = _Waiting(nodes.seconds)
-    while not nodes.hosting and (problem := _closed(nodes)) is not None:
-        if not waiting.pause(lambda: f"waiting for the first node at {nodes.address} ({problem})"):
-            raise StartupError(_nobody(nodes, str(problem)))
+    hosting = nodes.hosting
+    if not hosting:
+        _await_host(nodes)
     opened: list[dist.Store | dist.DistError] = []
     # What listens there may be no store, and never answer: torch would wait for ever.
-    opener = threading.Thread(target=lambda: opened.append(_store(nodes)), name="meeting", daemon=True)
+    opener = threading.Thread(target=lambda: opened.append(_store(nodes, hosting=hosting)), name="meeting", daemon=True)
     opener.start()
     opener.join(min(CONNECT_SECONDS, nodes.seconds))
     if not opened:
@@ -99,6 +99,13 @@ class _Waiting:
         return now < self._deadline
 
 
+def _await_host(nodes: Nodes) -> None:
+    waiting = _Waiting(nodes.seconds)
+    while (problem := _closed(nodes)) is not None:
+        if not waiting.pause(partial(str, f"waiting for the node that hosts {nodes.address} ({problem})")):
+            raise StartupError(_nobody(nodes, problem))
+
+
 def _closed(nodes: Nodes) -> str | None:
     """Why nobody can be reached at the address; None where somebody listens."""
     try:
@@ -108,12 +115,12 @@ def _closed(nodes: Nodes) -> str | None:
     return None
 
 
-def _store(nodes: Nodes) -> dist.Store | dist.DistError:
+def _store(nodes: Nodes, *, hosting: bool) -> dist.Store | dist.DistError:
     try:
         return dist.TCPStore(
             nodes.host,
             nodes.port,
-            is_master=nodes.hosting,
+            is_master=hosting,
             timeout=timedelta(seconds=CONNECT_SECONDS),
             wait_for_workers=False,
             multi_tenant=True,

@@ -7,14 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.e2e.jobs import Running, torchrun
-from tests.e2e.workshop import SMALL, metrics, model_folder, sftdist, status, write_rows
+from tests.e2e.workshop import SMALL, environment, metrics, model_folder, sftdist, status, write_rows
 
 KEYS = (
     *("+exp=full", "model.path=model", "data.train=my.jsonl", *SMALL),
@@ -114,14 +116,14 @@ def test_the_promised_line(tmp_path: Path) -> None:
     assert groups.pop().startswith("sweep-")
 
 
-def _lines(folder: Path, word: str) -> list[str]:
-    texts = [file.read_text() for file in folder.glob("runs/*/config.yaml")]
+def _lines(folder: Path, word: str, files: str = "runs/*/config.yaml") -> list[str]:
+    texts = [file.read_text() for file in folder.glob(files)]
     return [line for text in texts for line in text.splitlines() if word in line]
 
 
 @pytest.mark.long
 def test_stopped_and_started_again(place: Path) -> None:
-    """A stop in the second of three jobs: it saves and goes on later, and what comes of it is what comes undisturbed."""
+    """A stop in the second of three jobs: it saves, goes on later, and what comes of it is what comes undisturbed."""
     longer = ("train.max_steps=40", "checkpoint.every_steps=10")
     words = [*SWEEP, *KEYS, *longer, "seed=11,12,13", "hydra.sweep.dir=stopped"]
     with Running(words, place) as job:
@@ -138,7 +140,8 @@ def test_stopped_and_started_again(place: Path) -> None:
     with Running(words, place) as job:
         assert job.end() == 0, job.screen
         assert job.screen.count("finished before") == 1
-        assert f"goes on from step {step}" in job.screen or f"step {step + 1}/40" in job.screen
+        assert f"step {step + 1}/" in job.screen
+        assert f"step {step}/" not in job.screen
     assert states(place / "stopped") == [("done", 0)] * 3
     undisturbed = sftdist(["train", *KEYS, *longer, "seed=12", "run.dir=alone"], place)
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
@@ -170,12 +173,53 @@ def test_optuna_reads_the_metric(place: Path) -> None:
     pytest.importorskip(
         "hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweep` (hydra-optuna-sweeper) is not there"
     )
-    words = [*KEYS, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize"]
-    words += ["optimizer.lr=interval(1e-5,1e-2)", "seed=7", "sweep.metric=loss", "hydra.sweep.dir=optuna"]
+    keys = [word for word in KEYS if not word.startswith("optimizer.lr=")]  # a fixed one would not be searched
+    words = [*keys, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "parallel=2"]
+    words += ["optimizer.lr=interval(1e-5,1e-2)", "sweep.metric=loss", "hydra.sweep.dir=optuna", "run.note='a b,c'"]
     done = sftdist(["train", "-m", *words], place, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = entries(place / "optuna")
     assert [entry["state"] for entry in found] == ["done"] * 3
     (results,) = (place / "optuna").rglob("optimization_results.yaml")
-    best = min(entry["metric"] for entry in found)
-    assert f"best_value: {best}" in results.read_text()
+    best = min(found, key=lambda entry: entry["metric"])
+    rate = best["overrides"][0].partition("=")[2]
+    assert f"best_params:\n  optimizer.lr: {rate}\nbest_value: {best['metric']}\n" in results.read_text()
+    assert len({entry["run_dir"] for entry in found}) == 3
+    notes = {line.strip() for line in _lines(place, "note:", "optuna/*/config.yaml")}
+    assert notes == {"note: a b,c"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_both_launchers_are_found_where_sftdist_is_installed(kind: str, tmp_path: Path) -> None:
+    """In an environment of its own, which has the libraries of this one and nothing of the checkout on its path."""
+    subprocess.run([sys.executable, "-m", "venv", "venv"], cwd=tmp_path, check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    where = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], **_READ)
+    Path(where.stdout.strip(), "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    what = ["--editable", str(ROOT)] if kind == "editable" else [str(ROOT)]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *what], cwd=tmp_path, check=True)
+    program = str(tmp_path / "venv" / "bin" / "sftdist")
+    words = [program, "prepare", "-m", "+exp=quickstart", "dry_run=true", "seed=1,2", "hydra/launcher=torchrun"]
+    done = subprocess.run(words, cwd=tmp_path, env=_bare(), **_READ)
+    assert [(entry["state"], entry["code"]) for entry in entries(tmp_path)] == [("done", 0)] * 2, done.stderr
+    words = [program, "train", "-m", "+exp=quickstart", "hydra/launcher=slurm"]
+    nowhere = subprocess.run(words, cwd=tmp_path, env={**_bare(), "PATH": ""}, **{**_READ, "check": False})
+    assert "hydra/launcher=slurm: squeue is not on the PATH" in nowhere.stderr
+    found = subprocess.run([python, "-c", _FIND], cwd=tmp_path, env=_bare(), **_READ).stdout.split()
+    assert found == ["SlurmLauncher", "TorchrunLauncher", "True", str(kind == "editable")]
+
+
+_READ: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+_FIND = f"""
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from sftdist.core.shipped import shipped_folder
+print(*sorted(each.__name__ for each in Plugins.instance().discover(Launcher) if "sftdist" in each.__module__))
+folder = shipped_folder("slurm")
+print((folder / "sweep.sbatch").is_file(), folder.is_relative_to({str(ROOT)!r}))
+"""
+
+
+def _bare() -> dict[str, str]:
+    return {key: value for key, value in environment().items() if key != "PYTHONPATH"}

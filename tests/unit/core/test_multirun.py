@@ -134,7 +134,7 @@ def swept(*words: str, code: int = 0) -> list[dict[str, Any]]:
     """A sweep of jobs that end at once; its entries, each with the words that its job got."""
     load = partial(config.compose, None, complete=True)
     assert multirun("train", load, words, config.search_path(), makes_runs=True, program=PROGRAM) == code
-    (file,) = Path().rglob(FILE)
+    file = max(Path().rglob(FILE), key=lambda path: path.stat().st_mtime_ns)
     entries: list[dict[str, Any]] = json.loads(file.read_text())["jobs"]
     return [entry | {"words": _words(file.parent, entry["number"])} for entry in entries]
 
@@ -222,7 +222,8 @@ def test_a_failed_job_in_a_batch_of_one_does_not_stop_the_rest() -> None:
 
 def test_a_second_sweep_of_the_same_words_is_the_same_sweep() -> None:
     first = swept("+exp=quickstart", "seed=1,2", "run.note=fine")
-    again = swept("+exp=quickstart", "seed=1,2", "run.note=fine", "parallel=2")  # one folder: swept finds one file
+    again = swept("+exp=quickstart", "seed=1,2", "run.note=fine", "parallel=2")
+    assert len(list(Path("runs").glob("sweep-*"))) == 1
     assert [entry["run_dir"] for entry in again] == [entry["run_dir"] for entry in first]
     assert sweep_name("train", ["seed=1,2"]) != sweep_name("train", ["seed=1,3"]) != sweep_name("prepare", ["seed=1,3"])
 
@@ -259,3 +260,45 @@ def test_a_launcher_of_ours_is_no_launcher_of_others() -> None:
     launcher = TorchrunLauncher(parallel=1)
     with pytest.raises(ConfigError, match="use it with sftdist COMMAND -m"):
         launcher.setup(hydra_context=None, task_function=print, config=None)
+
+
+# Optuna's sweeper
+
+
+def searched(*words: str, code: int = 0) -> list[dict[str, Any]]:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    return swept("+exp=quickstart", "hydra/sweeper=optuna", "hydra.sweeper.direction=minimize", *words, code=code)
+
+
+def test_optuna_minimises_the_metric() -> None:
+    entries = searched("seed=range(1,9)", "run.note=fine", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2")
+    best = min(entries, key=lambda entry: entry["metric"])
+    (results,) = Path("runs").rglob("optimization_results.yaml")
+    assert f"best_value: {best['metric']}" in results.read_text()
+    assert [entry["overrides"][0] for entry in entries] == [f"seed={entry['metric']:.0f}" for entry in entries]
+
+
+def test_what_a_sampler_proposes_twice_is_one_run() -> None:
+    entries = searched("seed=choice(1,2)", "run.note=fine", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3")
+    assert len(entries) == 6
+    assert {entry["state"] for entry in entries} == {"done"}
+    assert {(entry["run_dir"], entry["metric"]) for entry in entries} == {
+        (entry["run_dir"], float(entry["overrides"][0][-1])) for entry in entries
+    }
+    assert len({entry["run_dir"] for entry in entries}) <= 2
+
+
+def test_trials_that_fail_do_not_end_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run.note=choice(fine,fail)", "run.name=${run.note}", "hydra.sweeper.n_trials=8")
+    entries = searched(*words, "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=3", code=1)
+    assert {entry["state"] for entry in entries} == {"done", "failed"}
+    assert len(entries) == 8
+    entries = searched("run.note=choice(fail)", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=other", code=1)
+    assert "hydra/sweeper: No trials are completed yet" in capsys.readouterr().out
+
+
+def test_a_proposal_that_cannot_be_composed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    words = ["-m", "+exp=quickstart", "hydra/sweeper=optuna", "zero.stage=choice(9)", "hydra.sweeper.n_trials=1"]
+    assert config.main(TrainConfig, print, "train", words, makes_runs=True) == 2
+    assert "job 0 (zero.stage=9 +exp=quickstart): zero.stage: given 9" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import util
@@ -13,9 +12,9 @@ from importlib import util
 from sftdist import cli
 from sftdist.core import config
 from sftdist.core.agent import DONE, PREEMPTED
+from sftdist.core.children import Children
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS
 from sftdist.core.errors import SftdistError
-from sftdist.core.forward import forward_stops
 
 STAGES = ("prepare", "train", "evaluate", "publish")
 
@@ -71,20 +70,11 @@ def _ended(stage: str, code: int, left: Sequence[str]) -> str:
 
 
 def run_stage(stage: str, overrides: Sequence[str]) -> int:
-    """One stage as a child process; stop signals are passed on to it."""
-    children: list[subprocess.Popen[bytes]] = []
-    with forward_stops(lambda: children) as seen:
-        # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on.
-        child = subprocess.Popen(
-            [sys.executable, "-m", "sftdist.cli", stage, *overrides],
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
-            start_new_session=True,
-        )
-        children.append(child)
-        if seen:  # it came before the child could be told
-            child.send_signal(next(iter(seen)))
-        code = child.wait()
-    if seen and -code in STOP_SIGNALS:  # it has nothing to save
+    """One stage as a child process, which gets the stop signals of this one."""
+    command = [sys.executable, "-m", "sftdist.cli", stage, *overrides]
+    with Children() as children:
+        code = children.start(command, {**os.environ, PARENT_VARIABLE: str(os.getpid())}).wait()
+    if children.seen and -code in STOP_SIGNALS:  # it has nothing to save
         return PREEMPTED
     return code if code >= 0 else 128 - code
 

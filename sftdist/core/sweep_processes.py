@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 
 from sftdist.core.agent import PREEMPTED
-from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS, stops_at_once
+from sftdist.core.children import Children
+from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS
 from sftdist.core.errors import ConfigError
 from sftdist.core.sweep import Job, Outcome, Sweep, SweepStopped, ended, last_words, start_of, unfinished
 from sftdist.core.sweep_share import VISIBLE, deal, devices_here, threads
@@ -42,13 +40,12 @@ def run_jobs(sweep: Sweep, jobs: Sequence[Job], parallel: int) -> None:
     _refuse_several_hosts(jobs)
     places = deal(devices_here(), parallel, [job.cfg.launch.nproc for job in jobs])
     todo, running = deque(unfinished(sweep, jobs)), dict[int, _Running]()
-    with _signals(running) as (seen, told):
+    with Children() as children:
+        seen = children.seen
         while running or (todo and not seen):
             for place, variables in enumerate(places):
                 if todo and not seen and place not in running:
-                    running[place] = item = _start(sweep, todo.popleft(), place, variables, parallel)
-                    if seen and item.child.pid not in told:  # the signal came while it was being started
-                        item.child.send_signal(next(iter(seen)))
+                    running[place] = _start(sweep, todo.popleft(), place, variables, parallel, children)
             for done in [item for item in running.values() if item.child.poll() is not None]:
                 _note(sweep, running.pop(done.place), parallel, stopped=bool(seen))
             time.sleep(_LOOK_SECONDS)
@@ -65,7 +62,9 @@ def _refuse_several_hosts(jobs: Sequence[Job]) -> None:
             )
 
 
-def _start(sweep: Sweep, job: Job, place: int, variables: Mapping[str, str], parallel: int) -> _Running:
+def _start(
+    sweep: Sweep, job: Job, place: int, variables: Mapping[str, str], parallel: int, children: Children
+) -> _Running:
     screen = sweep.screen(job) if parallel > 1 else None
     where = "" if screen is None else f"; its screen is {screen}"
     sweep.say(job, f"sftdist {sweep.command} {sweep.shown(job)}{where}")
@@ -73,15 +72,12 @@ def _start(sweep: Sweep, job: Job, place: int, variables: Mapping[str, str], par
     environment = {**_cores(job, variables, parallel), **os.environ, **variables, PARENT_VARIABLE: str(os.getpid())}
     before = start_of(job)
     sweep.note(job, Outcome("running", log=None if screen is None else str(screen)))
-    # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on.
     if screen is None:
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        child = children.start(command, environment)
     else:
         screen.parent.mkdir(parents=True, exist_ok=True)
         with screen.open("ab") as file:
-            child = subprocess.Popen(
-                command, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
-            )
+            child = children.start(command, environment, file)
     return _Running(job, place, before, child)
 
 
@@ -104,25 +100,3 @@ def _note(sweep: Sweep, done: _Running, parallel: int, *, stopped: bool) -> None
         outcome = replace(outcome, log=str(sweep.screen(job)))
     sweep.note(job, outcome)
     sweep.say(job, outcome.said())
-
-
-@contextmanager
-def _signals(running: Mapping[int, _Running]) -> Iterator[tuple[Counter[int], set[int]]]:
-    """Pass stop signals on to what runs, each job once, and a second Ctrl-C, too; what was seen, the first one first,
-    and which processes were told."""
-    seen: Counter[int] = Counter()
-    told: set[int] = set()
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        if not seen or stops_at_once(seen, number):
-            for item in running.values():
-                item.child.send_signal(number)
-                told.add(item.child.pid)
-        seen[number] += 1
-
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        yield seen, told
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from sftdist.core import agent, snapshot
 from sftdist.core.distributed import is_worker, share_text
-from sftdist.core.errors import ConfigError, SftdistError, TrainingError
+from sftdist.core.errors import ConfigError, SftdistError, StartupError, TrainingError
 from sftdist.core.lock import RunLock
 from sftdist.core.settings import TrainConfig
 from sftdist.core.start import adopt_start, this_start
@@ -21,6 +23,7 @@ from sftdist.training.trial import TRIAL
 
 DATA_FILE = "data.json"
 STARTING = "starting, or ended there without a word"
+SHARED_SECONDS = 60.0  # what a network file system may take to show another host's file
 OPENING_SECONDS = 3600.0  # how long the other ranks wait while rank 0 tokenises a small source
 
 
@@ -49,7 +52,10 @@ def open_run(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callable[
         if "error" in answer:
             raise SystemExit(agent.FAILED)  # rank 0 has printed it
         adopt_start(answer["start"])
-        return Opening(**answer["opening"])
+        opening = Opening(**answer["opening"])
+        if not opening.finished:
+            require_shared(run_dir, answer["start"])
+        return opening
     try:
         with disk_explained(run_dir):
             opening = _open_alone(cfg, run_dir, stack, ready)
@@ -86,6 +92,18 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         {name: str(store.path) for name, store in prepared.stores.items()},
         {name: str(store.path) for name, store in prepared.held_out.items()},
     )
+
+
+def require_shared(run_dir: Path, start: str | None, seconds: float = SHARED_SECONDS) -> None:
+    """Raises StartupError where this host has another directory under the same name: rank 0 has just written there."""
+    deadline = time.monotonic() + seconds
+    while (status := agent.read_status(run_dir)) is None or status["start"] != start:
+        if time.monotonic() > deadline:
+            raise StartupError(
+                f"run.dir={run_dir}: on {socket.gethostname()} this is not the directory that rank 0 writes to; put it "
+                "on a file system that all nodes share, under the same path, and start in the same folder on each node"
+            )
+        time.sleep(0.2)
 
 
 def ended_well(run_dir: Path) -> bool:

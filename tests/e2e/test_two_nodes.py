@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,14 +42,21 @@ class Nodes:
         self._logs = logs
         self._starts = 0
 
-    def start(self, address: str, *words: str, own: Sequence[Sequence[str]] = ((), ())) -> Pair:
+    def start(
+        self,
+        address: str,
+        *words: str,
+        own: Sequence[Sequence[str]] = ((), ()),
+        prefixes: Sequence[Sequence[str]] = ((), ()),
+    ) -> Pair:
         """The script on both hosts; the address without a name is given with the number of each node. `own`: words for
-        one of them."""
+        one of them, `prefixes`: a command before that of one."""
         self._starts += 1
         commands = []
         for rank in range(2):
             options = ["--nodes", "2", "--address", address, *(["--node-rank", str(rank)] if address == STATIC else [])]
-            commands.append(["bash", str(ROOT / "launch/multinode.sh"), *options, *ONE_RANK, *words, *own[rank]])
+            script = [*prefixes[rank], "bash", str(ROOT / "launch/multinode.sh")]
+            commands.append([*script, *options, *ONE_RANK, *words, *own[rank]])
         logs = self._logs / f"start-{self._starts}"
         return self.hosts.start(commands, self.place, logs, script_variables(self._logs))
 
@@ -202,3 +210,14 @@ def test_an_address_that_nobody_owns(nodes: Nodes) -> None:
     for text, address in zip(pair.texts(), ADDRESSES, strict=True):
         assert "launch.address=10.77.0.9:29500: no meeting of nodes there" in text
         assert f"this host has the addresses {address}" in text
+
+
+@pytest.mark.long
+def test_a_run_directory_that_is_not_shared(nodes: Nodes) -> None:
+    """The second host has another one under the same name."""
+    run_dir = nodes.place / "runs/unshared"
+    run_dir.mkdir()
+    own = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {shlex.quote(str(run_dir))} && exec "$@"', "sh")
+    pair = nodes.start(STATIC, f"run.dir={run_dir}", prefixes=((), own))
+    assert pair.codes(200) == [1, 1], pair.texts()
+    assert "on host-1 this is not the directory that rank 0 writes to" in pair.texts()[1]

@@ -12,10 +12,10 @@ import pytest
 from sftdist.core import agent
 from sftdist.core.config import compose
 from sftdist.core.distributed import World
-from sftdist.core.errors import DataError
+from sftdist.core.errors import DataError, StartupError
 from sftdist.core.start import START_VARIABLE, this_start
 from sftdist.data.pipeline import Prepared
-from sftdist.training.opening import NotRestarted, open_run
+from sftdist.training.opening import NotRestarted, open_run, require_shared
 from tests.ranks import run_ranks
 
 
@@ -78,3 +78,15 @@ def start_on_its_own_host(world: World, folder: str) -> str | None:
 def test_all_hosts_call_the_start_what_rank_0_calls_it(tmp_path: Path) -> None:
     """Any rank may write the failure that rank 0 of a restarted group has to recognise as this start's."""
     assert run_ranks(start_on_its_own_host, 2, str(tmp_path)) == ["agent of host 0"] * 2
+
+
+def test_a_directory_that_rank_0_does_not_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError, match=r"not the directory that rank 0 writes to.*all nodes share"):
+        require_shared(tmp_path, "this start", seconds=0.3)
+    monkeypatch.setenv(START_VARIABLE, "an earlier start")
+    agent.write_status(tmp_path, "preempted", 75)
+    with pytest.raises(StartupError):
+        require_shared(tmp_path, "this start", seconds=0.3)
+    monkeypatch.setenv(START_VARIABLE, "this start")
+    agent.write_status(tmp_path, "running", 75)
+    require_shared(tmp_path, "this start", seconds=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import re
 import struct
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TextIO
 
 _PIECES = re.compile(r"\x1b\[([0-?]*)([@-~])|(.)", re.DOTALL)
 
@@ -85,6 +86,10 @@ class Terminal:
     ) -> None:
         self.close()
 
+    def text(self) -> TextIO:
+        """Its end for this process, as Python's standard streams are."""
+        return io.TextIOWrapper(os.fdopen(os.dup(self.file.fileno()), "wb", buffering=0), write_through=True)
+
     def start(self, command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """A command whose terminal this is."""
         return subprocess.Popen(
@@ -123,8 +128,3 @@ class Terminal:
         with suppress(OSError):  # the last process has closed it
             while data := os.read(self._ours, 65536):
                 self._output += data
-
-
-def dumb(variables: Mapping[str, Any]) -> dict[str, str]:
-    """An environment whose terminal moves no cursor."""
-    return {**variables, "TERM": "dumb"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
@@ -140,7 +139,7 @@ def test_what_is_said_under_a_bar_stands_above_it(tmp_path: Path, monkeypatch: p
     figures = {"kind": "train", "loss": 2.5, "lr": 1e-4, "tokens_per_second": 2345.6, "step_seconds": 60.0}
     said = ["first", f"x/{'y' * 200}.json", "half and half", "[bold] :warning: 'text' 3.5"]
     with Terminal(80) as terminal:
-        console = io.TextIOWrapper(os.fdopen(os.dup(terminal.file.fileno()), "wb", buffering=0), write_through=True)
+        console = terminal.text()
         monkeypatch.setattr(sys, "stdout", console)
         monkeypatch.setattr(sys, "stderr", console)
         handler = logging.StreamHandler(console)

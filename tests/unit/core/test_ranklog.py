@@ -17,6 +17,7 @@ import pytest
 
 from sftdist.core.ranklog import Copied, PlainLines, last_words, log_file, plain, rank_log
 from tests.conftest import ROOT
+from tests.terminal import Terminal
 
 BEGIN = """
 import faulthandler, logging, os, signal, subprocess, sys
@@ -191,8 +192,8 @@ def test_a_console_of_the_ranks_own_is_kept(tmp_path: Path) -> None:
 
 def test_the_console_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    terminal = os.openpty()
-    with os.fdopen(terminal[1], "w") as console:
+    with Terminal(80) as terminal:
+        console = terminal.text()
         monkeypatch.setattr(sys, "stdout", console)
         handler = logging.StreamHandler(console)
         logging.getLogger("library").addHandler(handler)
@@ -205,9 +206,10 @@ def test_the_console_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.Monke
         assert sys.stdout is console
         assert handler.stream is console
         logging.getLogger("library").removeHandler(handler)
-    assert os.read(terminal[0], 100) == b"\x1b[31mred\x1b[0m\r\nhalf a line"
+        console.close()
+        terminal.close()
+    assert terminal.output == "\x1b[31mred\x1b[0m\r\nhalf a line"
     assert logged(tmp_path, 0) == ["===", "red", "half a line"]
-    os.close(terminal[0])
 
 
 @pytest.mark.parametrize(

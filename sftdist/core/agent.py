@@ -12,12 +12,10 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -32,13 +30,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from sftdist.core.children import Children
 from sftdist.core.distributed import (
     PARENT_VARIABLE,
     STOP_SIGNALS,
     die_with_parent,
     restart_count,
     started_again,
-    stops_at_once,
 )
 from sftdist.core.errors import SftdistError
 from sftdist.core.failure import (
@@ -55,6 +53,7 @@ from sftdist.core.failure import (
 from sftdist.core.meeting import meet, open_store
 from sftdist.core.nodes import Nodes, rendezvous, require_port
 from sftdist.core.oom import oom_kills
+from sftdist.core.processes import usable_cores
 from sftdist.core.ranklog import fresh_line, last_words, log_file, note, tell
 from sftdist.core.relay import Others, Relay
 from sftdist.core.start import OURS, START_VARIABLE, adopt_start, this_start
@@ -195,40 +194,21 @@ def launch(
         *("--shutdown-timeout", str(math.ceil(grace_seconds)), "-m", module),
         *(word.replace("$", "$$") for word in argv),  # torchrun reads them as templates
     ]
-    threads = str(max(1, (os.cpu_count() or 1) // nproc))
+    threads = str(max(1, usable_cores() // nproc))
     own = {PARENT_VARIABLE: str(os.getpid()), START_VARIABLE: start}
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **own}
-    # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on.
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    seen = _wait(child)
+    with Children(first=_say_stopping) as children:
+        returned = children.start(command, environment).wait()
     if nodes is not None:
-        if child.returncode == BAD_CONFIG:
+        if returned == BAD_CONFIG:
             return BAD_CONFIG
         start = _name_of_start(run_dir, before) or start
-    return _exit_code(run_dir, start, child.returncode, stopped=bool(seen))
+    return _exit_code(run_dir, start, returned, stopped=bool(children.seen))
 
 
-def _wait(child: subprocess.Popen[bytes]) -> Counter[int]:
-    seen: Counter[int] = Counter()
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        if not seen:
-            again = "; a second one stops at once and saves nothing" * (number == signal.SIGINT)
-            _say(f"sftdist: stopping after this step, with everything saved ({_SENT[number]}){again}")
-        if not seen or stops_at_once(seen, number):
-            child.send_signal(number)
-        seen[number] += 1
-
-    if threading.current_thread() is not threading.main_thread():
-        child.wait()
-        return seen
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return seen
+def _say_stopping(number: int) -> None:
+    again = "; a second one stops at once and saves nothing" * (number == signal.SIGINT)
+    _say(f"sftdist: stopping after this step, with everything saved ({_SENT[number]}){again}")
 
 
 _SENT = {int(number): "Ctrl-C" if number == signal.SIGINT else number.name for number in STOP_SIGNALS}

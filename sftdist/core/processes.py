@@ -1,7 +1,9 @@
-"""Other processes of this host, seen through /proc."""
+"""Other processes of this host, seen through /proc, and the cores that this one may use."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 
@@ -13,6 +15,11 @@ def alive(pid: int) -> bool:
 def stopped(pid: int) -> bool:
     """Whether a signal (SIGSTOP) or a debugger holds the process."""
     return _state(pid) in "Tt"
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on: a cluster's job often has few of its host's."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _state(pid: int) -> str:

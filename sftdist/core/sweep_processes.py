@@ -13,6 +13,7 @@ from sftdist.core.agent import PREEMPTED
 from sftdist.core.children import Children
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS
 from sftdist.core.errors import ConfigError
+from sftdist.core.processes import usable_cores
 from sftdist.core.sweep import Job, Outcome, Sweep, SweepStopped, ended, last_words, start_of, unfinished
 from sftdist.core.sweep_share import VISIBLE, deal, devices_here, threads
 
@@ -86,7 +87,7 @@ def _cores(job: Job, variables: Mapping[str, str], parallel: int) -> dict[str, s
     if parallel == 1:
         return {}
     devices = variables.get(VISIBLE, "").split(",")
-    return {"OMP_NUM_THREADS": str(threads(os.cpu_count() or 1, parallel, job.cfg.launch.nproc or len(devices)))}
+    return {"OMP_NUM_THREADS": str(threads(usable_cores(), parallel, job.cfg.launch.nproc or len(devices)))}
 
 
 def _note(sweep: Sweep, done: _Running, parallel: int, *, stopped: bool) -> None:

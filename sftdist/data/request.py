@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError, DataAbsentError
+from sftdist.core.processes import usable_cores
 from sftdist.core.settings import DataSettings, ModelSettings, SourceSettings
 from sftdist.data.mask import MaskOptions
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
@@ -47,7 +47,7 @@ def request_of(
         deduplicate=data.deduplicate,
         max_bad_rows=data.max_bad_rows,
         max_refused=data.max_refused,
-        workers=data.workers or len(os.sched_getaffinity(0)),
+        workers=data.workers or usable_cores(),
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sftdist.core import snapshot
 from sftdist.core.agent import FAILED, STATUS, read_status
 from sftdist.core.lock import holder
 from sftdist.core.storage import verify_directory
+from sftdist.core.table import columns
 from sftdist.training.checkpoint_files import FOLDER, CheckpointInfo, age, checkpoints_in
 from sftdist.training.retention import best_step
 from sftdist.training.tracking import evaluation_losses
@@ -65,7 +66,7 @@ def show_runs(folder: Path) -> None:
         print(f"no run below {folder}")
         return
     rows = [_run_row(path) for path in sorted(found, key=_changed)]
-    for line in _columns([("run", "state", "step", "code", "age", "reason"), *rows]):
+    for line in columns([("run", "state", "step", "code", "age", "reason"), *rows]):
         print(line.rstrip())
 
 
@@ -105,7 +106,7 @@ def show_checkpoints(run_dir: Path, *, fast: bool = False) -> int:
         loss = f"{losses[info.step]:.4f}" if info.step in losses else ""
         saved = age(time.time() - info.saved_at) if info.saved_at else "?"
         rows.append((str(info.step), _size(info.bytes), _shape(info), saved, loss, why[info.step]))
-    header, *lines = _columns(rows)
+    header, *lines = columns(rows)
     print(f"{header}  verdict")
     broken = 0
     for info, line in zip(infos, lines, strict=True):
@@ -139,13 +140,6 @@ def _shape(info: CheckpointInfo) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines with the cells of each column below one another."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,8 @@ def help_text(schema: type, prog: str) -> str:
             "",
             *(f"{group}: {', '.join(names)}" for group, names in groups.items()),
             "",
-            "--cfg job prints the resolved configuration; -m runs one job per value of KEY=A,B",
+            "--cfg job prints the resolved configuration",
+            "-m runs one job per value of KEY=A,B; parallel=N at once; with hydra/launcher=slurm as a job array",
             "",
             *(f"  {left:<44} {right}" for left, right in rows),
         ]

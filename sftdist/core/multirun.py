@@ -6,6 +6,7 @@ Hydra composes its own node alone, from the words that begin with `hydra`; the o
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def multirun(
     `load` composes and checks the words of a job, `search_path` is where conf's groups are; `makes_runs`: each job
     makes a run directory; each is started as `PROGRAM COMMAND WORDS`. Raises ConfigError before any job starts.
     """
-    hydra_words, words = _split(argv)
+    hydra_words, words = split_words(argv)
     load = _remembered(load)
     sweeps = {item.get_key_element(): item.is_sweep_override() for item in _read(words, load)}  # the last of a key
     loader = _Loader(load, search_path)
@@ -218,14 +219,14 @@ def _of_jobs(numbers: Sequence[int], count: int, issue: str) -> str:
     return issue if len(numbers) == count else f"job {', '.join(map(str, numbers))}: {issue}"
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words for Hydra, and those of the jobs. `parallel=N` is short for hydra.launcher.parallel=N."""
     hydra_words, words = [], []
     for text in argv:
         if text.startswith("parallel="):
             hydra_words.append(f"hydra.launcher.{text}")
         elif text.lstrip("+~").startswith(("hydra/", "hydra.")):
-            hydra_words.append(text)
+            hydra_words.append(_quoted(text))
         else:
             words.append(text)
     allowed = (*_LAUNCHER, *_SWEEPER, "hydra.sweep.dir=")
@@ -238,6 +239,16 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if issues:
         raise ConfigError(issues)
     return hydra_words, words
+
+
+def _quoted(text: str) -> str:
+    """`hydra.launcher.options=[--a=b,--c]` with quotes: Hydra's grammar reads no bare `--a=b`."""
+    found = re.fullmatch(r"(hydra\.launcher\.options=)\[\s*(-[^'\"]*)\]", text)
+    if found is None:
+        return text
+    options = re.split(r"\s*,\s*(?=-)", found[2].rstrip())  # a comma before anything else is the option's own
+    quoted = ",".join(f"'{option}'" for option in options)
+    return f"{found[1]}[{quoted}]"
 
 
 def _sets(text: str, keys: tuple[str, ...]) -> bool:

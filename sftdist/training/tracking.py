@@ -15,9 +15,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from sftdist.core.figures import METRICS
 from sftdist.core.storage import naming
 
-METRICS = "metrics.jsonl"
 ROWS = "log/rows.jsonl"
 
 

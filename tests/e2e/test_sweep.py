@@ -79,12 +79,6 @@ def test_a_failing_job_quotes_and_a_taken_port(place: Path, taken_port: int, mon
     assert f"group: {next(path.name for path in (place / 'runs').glob('sweep-*'))}\n" in config
     assert {path.name for path in place.iterdir()} <= {"model", "my.jsonl", "runs", "stores"}, "no file of Hydra's own"
 
-    again = sftdist(words, place)  # the finished one is skipped, the other is tried again
-    assert again.returncode == 3
-    assert states(place) == [("failed", 3), ("done", 0)]
-    assert f"job 1: data.train=my.jsonl: finished before, in {trained['run_dir']}" in again.stdout
-    assert again.stdout.count("sftdist train data.train") == 2, "once at its start, once at the end"
-
 
 def test_a_sweep_inside_torchrun_is_refused_once(place: Path) -> None:
     done = subprocess.run(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sftdist.core import config
 from sftdist.core.errors import ConfigError
-from sftdist.core.multirun import multirun
+from sftdist.core.multirun import multirun, split_words
 from sftdist.core.settings import DataConfig, TrainConfig
 from sftdist.core.sweep import FILE, sweep_name
 from sftdist.core.words import word
@@ -67,6 +67,21 @@ def test_words_for_hydra_need_a_sweep(capsys: pytest.CaptureFixture[str]) -> Non
     error = capsys.readouterr().err
     for key in ("hydra/launcher", "hydra.sweep.dir", "parallel"):
         assert f"{key}: it belongs to a sweep; add -m, or remove it" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("[--partition=gpu]", ["--partition=gpu"]),
+        ("[--partition=gpu,--exclude=n1,n2, -t 10:00]", ["--partition=gpu", "--exclude=n1,n2", "-t 10:00"]),
+        ("['--comment=a b','--hold']", ["--comment=a b", "--hold"]),
+        ("[]", []),
+    ],
+)
+def test_options_for_sbatch_need_no_quotes(text: str, options: list[str]) -> None:
+    hydra_words, words = split_words([f"hydra.launcher.options={text}", "seed=1,2"])
+    assert words == ["seed=1,2"]
+    assert OverridesParser.create().parse_override(hydra_words[0]).value() == options
 
 
 # What is refused before any job starts

@@ -17,6 +17,7 @@ import pytest
 from sftdist.core import snapshot
 from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError
+from sftdist.core.processes import usable_cores
 from sftdist.core.settings import TrainConfig
 from sftdist.core.sweep import FILE, Job, Sweep, SweepStopped
 from sftdist.core.sweep_processes import run_jobs
@@ -162,7 +163,7 @@ def test_two_at_once_share_the_cores(tmp_path: Path, cfg: TrainConfig, monkeypat
     assert (sweep.folder / "screens" / "00000.log").read_text() == "doing slow\n"
     assert sweep.outcomes[1].log == str(sweep.folder / "screens" / "00001.log")
     assert "data.train: there is no such file" in sweep.outcomes[1].reason
-    assert started(jobs[0])["threads"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert started(jobs[0])["threads"] == str(max(1, usable_cores() // 2))
 
 
 def test_what_the_user_has_set_stays(tmp_path: Path, cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

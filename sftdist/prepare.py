@@ -6,22 +6,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.errors import DataAbsentError
 from sftdist.core.settings import DataConfig, TrainConfig
 from sftdist.core.storage import write_json
+from sftdist.data.build import at_most_every
 from sftdist.data.pipeline import PrepareRequest, prepare, survey
 from sftdist.data.report import show_report
 from sftdist.data.request import request_of as request_of_sections
+from sftdist.training.console import takes_bar
 
 REPORT = "report.json"
+REFRESH_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,27 @@ def run(cfg: TrainConfig) -> PrepareResult:
     quickstart.lay_out(cfg)
     request = request_of(cfg)
     console = Console(highlight=False)
-    prepared = prepare(request, say=lambda line: console.print(line, markup=False, soft_wrap=True))
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with ticking(console) as tick:
+        prepared = prepare(request, say, tick)
     file = request.store_dir / REPORT
     write_json(file, prepared.report)
     show_report(prepared.report, console)
     console.print(f"The whole report is in {file}", markup=False, soft_wrap=True)
     stores = {name: store.path for name, store in {**prepared.stores, **prepared.held_out}.items()}
     return PrepareResult(stores, prepared.report, file)
+
+
+@contextmanager
+def ticking(console: Console) -> Iterator[Callable[[str], None] | None]:
+    """One line of a terminal that tells how far it is; elsewhere None, for lines now and then."""
+    if not takes_bar(console.file):
+        yield None
+        return
+    # Drawn by this thread alone: prepare forks its workers, and a fork copies locks that other threads hold.
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        console.show_cursor(True)
+        yield at_most_every(REFRESH_SECONDS, lambda text: live.update(Text(text, no_wrap=True), refresh=True))
 
 
 def request_of(cfg: TrainConfig) -> PrepareRequest:

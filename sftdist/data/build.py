@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,18 +46,17 @@ def build_store(
     deduplicate: bool,
     forbidden: frozenset[bytes],
     ingredients: dict[str, Any],
-    say: Callable[[str], None],
+    tick: Callable[[str], None],
     verify: Callable[[], None],
 ) -> TokenStore:
-    """Write the store of a job. `forbidden` are prompts that other files hold out; `verify` runs before publishing."""
+    """Write the store of a job. `forbidden` are prompts that other files hold out; `tick` is told
+    again and again how far it is, `verify` runs before publishing."""
     tally = Tally()
 
     def produce(folder: Path) -> Iterator[Block]:
         job.template.save(folder / "tokenizer")
         with (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
-            yield from _blocks(
-                job, _with_progress(encoded, job.source.name, tally, say), deduplicate, forbidden, tally, rejects
-            )
+            yield from _blocks(job, _with_progress(encoded, job, tally, tick), deduplicate, forbidden, tally, rejects)
         verify()
 
     def describe(figures: StoreFigures) -> dict[str, Any]:
@@ -144,13 +144,37 @@ def _block(chunk: EncodedChunk, keep: NDArray[np.bool_]) -> Block:
 
 
 def _with_progress(
-    encoded: Iterable[EncodedChunk], name: str, tally: Tally, say: Callable[[str], None]
+    encoded: Iterable[EncodedChunk], job: Job, tally: Tally, tick: Callable[[str], None]
 ) -> Iterator[EncodedChunk]:
-    start = told = time.monotonic()
+    start, done = time.monotonic(), 0
+    files = [part.file for part in job.parts if part.file is not None]
+    total = sum(file.stat().st_size for file in files)
     for chunk in encoded:
         yield chunk
-        now = time.monotonic()
-        if now - told > SAY_EVERY_SECONDS:
-            rows = tally.stages["read"].rows
-            say(f"{name}: {rows:,} rows, {rows / (now - start):,.0f} rows/s")
-            told = now
+        done += chunk.size
+        share = done / total if done else None
+        tick(how_far(job.source.name, tally.stages["read"].rows, time.monotonic() - start, share))
+
+
+def how_far(name: str, rows: int, seconds: float, share: float | None) -> str:
+    """`share` of the work is done, where that is known."""
+    said = f"{name}: {rows:,} rows, {rows / max(seconds, 1e-3):,.0f} rows/s"
+    if share is None:
+        return said
+    share = min(share, 1.0)  # a file may grow while it is read
+    return f"{said}, {share:.0%}, left {timedelta(seconds=round(seconds * (1 / share - 1)))}"
+
+
+def at_most_every(
+    seconds: float, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[str], None]:
+    """`tell`, but for what comes within `seconds` of the call before; what is done sooner is not told of at all."""
+    told = clock()
+
+    def tick(text: str) -> None:
+        nonlocal told
+        if clock() - told >= seconds:
+            told = clock()
+            tell(text)
+
+    return tick

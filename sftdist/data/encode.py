@@ -71,6 +71,7 @@ class EncodedChunk:
     split: NDArray[np.uint8]
     refused: dict[int, Problem]
     samples: Samples
+    size: int = 0  # that of the chunk
 
 
 def encode_chunk(job: Job, chunk: Chunk) -> EncodedChunk:
@@ -95,6 +96,7 @@ def encode_chunk(job: Job, chunk: Chunk) -> EncodedChunk:
         split=np.array([_split(job, prompt) for prompt in prompts], dtype=np.uint8),
         refused=refused,
         samples=found,
+        size=chunk.size,
     )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError, DataAbsentError, DataError
 from sftdist.core.storage import publish_directory, read_json, read_jsonl, sha256_json, verify_directory
-from sftdist.data.build import build_store
+from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, normalise
 from sftdist.data.encode import Job, Workers
 from sftdist.data.mask import MaskOptions
@@ -95,8 +95,11 @@ class Task:
         return self.job.source.name
 
 
-def prepare(request: PrepareRequest, say: Callable[[str], None] = lambda line: None) -> Prepared:
-    """Make or find every store, check them, and report.
+def prepare(
+    request: PrepareRequest, say: Callable[[str], None] = lambda line: None, tick: Callable[[str], None] | None = None
+) -> Prepared:
+    """Make or find every store, check them, and report. `tick` is told again and again how far it is; by default `say`
+    is, now and then.
 
     `DataError` with all problems of all sources at once; its last line is the overrides that would go on.
     """
@@ -104,9 +107,10 @@ def prepare(request: PrepareRequest, say: Callable[[str], None] = lambda line: N
     parts = _all_parts(roles)
     template = _template(request, parts, say)
     tasks = _tasks(request, roles, parts, template)
+    tick = tick or at_most_every(SAY_EVERY_SECONDS, say)
     workers = Workers([task.job for task in tasks], request.workers)
     try:
-        done = [_have_store(request, task, number, workers, say) for number, task in enumerate(tasks)]
+        done = [_have_store(request, task, number, workers, say, tick) for number, task in enumerate(tasks)]
     finally:
         workers.close()
     problems = _gather_problems(request.store_dir / BAD_ROWS, tasks, [found.store for found in done])
@@ -226,7 +230,12 @@ def _tasks(
 
 
 def _have_store(
-    request: PrepareRequest, task: Task, number: int, workers: Workers, say: Callable[[str], None]
+    request: PrepareRequest,
+    task: Task,
+    number: int,
+    workers: Workers,
+    say: Callable[[str], None],
+    tick: Callable[[str], None],
 ) -> Preparation:
     damaged = verify_directory(task.path) if task.path.is_dir() else []
     if damaged:
@@ -246,7 +255,7 @@ def _have_store(
         deduplicate=request.deduplicate,
         forbidden=forbidden,
         ingredients=task.ingredients,
-        say=say,
+        tick=tick,
         verify=lambda: _unchanged(task.job.parts, stats),
     )
     return Preparation(store, reused=False, changed=changed)

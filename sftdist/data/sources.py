@@ -66,6 +66,7 @@ class Chunk:
     part: int
     rows: list[tuple[int, bytes | Mapping[str, Any]]]
     torn: bool = False  # the file ends without a line end after the last of these rows
+    size: int = 0  # bytes of its file, about; 0 for rows of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +208,10 @@ def _line_chunks(part: int, file: Path) -> Iterator[Chunk]:
             rows.append((number, line))
             size += len(line)
             if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                yield Chunk(part, rows, torn=not raw.endswith(b"\n"))
+                yield Chunk(part, rows, torn=not raw.endswith(b"\n"), size=size + len(rows))
                 rows, size = [], 0
     if rows:
-        yield Chunk(part, rows, torn=not raw.endswith(b"\n"))
+        yield Chunk(part, rows, torn=not raw.endswith(b"\n"), size=size + len(rows))
 
 
 def _parquet_rows(part: Part) -> Iterable[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -161,7 +161,7 @@ def open_console(total_steps: int, *, first_step: int) -> list[Sink]:
     return [ProgressConsole(total_steps, first_step=first_step, console=Console(file=out.console)), log]
 
 
-def takes_bar(out: TextIO | Copied) -> bool:
+def takes_bar(out: IO[str] | Copied) -> bool:
     """A terminal that moves its cursor, whose user has not asked for plain text (NO_COLOR)."""
     return out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown") and not os.environ.get("NO_COLOR")
 

@@ -110,6 +110,8 @@ def start(cfg: TrainConfig) -> int:
             return agent.DONE
     nproc, grace_seconds = agent.ranks_here(cfg.launch.nproc), cfg.checkpoint.grace_seconds
     argv = [*sys.argv[1:], same_run(cfg)]
+    ranks = f"{nproc} rank{'s' * (nproc != 1)}" + " on this node" * (cfg.launch.nodes > 1)
+    print(f"starting {ranks}: the run is in {run_dir}, what each rank says in {run_dir / 'log'}", flush=True)
     return agent.launch(MODULE, argv, nproc, run_dir, grace_seconds, cfg.launch.max_restarts, nodes_of(cfg))
 
 

@@ -10,9 +10,8 @@
 #   SFTDIST_MAX_REQUEUES=N    how often a job is started again at most; default 200
 #   SFTDIST_ROOT=DIR          the folder that holds slurm/; sbatch copies the script that it is given, so a job asks SLURM
 #                             where it came from; default: the folder where sbatch was called
-PREEMPTED=75                # sftdist's exit code after a complete save: the same command goes on
-STOPPED_EARLY=$((128 + 10)) # ended by USR1 before there was anything to save
-AFTER_FIRST_SECONDS=60      # how long srun lets the other nodes end by themselves when one has ended
+PREEMPTED=75           # sftdist's exit code after a complete save: the same command goes on
+AFTER_FIRST_SECONDS=60 # how long srun lets the other nodes end by themselves when one has ended
 
 export SFTDIST_ROOT
 source "$SFTDIST_ROOT/slurm/site.sh"
@@ -25,10 +24,12 @@ run_job() {
     local code=0
     start_job "$1"
     on_all_nodes "$@" || code=$?
-    if [ "$code" -eq "$PREEMPTED" ] || { [ "$signals" -gt 0 ] && [ "$code" -eq "$STOPPED_EARLY" ]; }; then
+    case "$code" in
+    "$PREEMPTED" | $((128 + 10)) | $((128 + 15))) # or ended by USR1 or TERM itself: too early to have anything to save
         code=$PREEMPTED
         requeue
-    fi
+        ;;
+    esac
     exit "$code"
 }
 
@@ -124,7 +125,7 @@ in_use() {
 # a preemption, or because somebody asked for it) is requeued already.
 requeue() {
     local state
-    state=$(squeue --noheader --jobs="$(job_name)" --format=%T)
+    state=$(squeue --noheader --jobs="$(job_name)" --format=%T) || state=RUNNING # scontrol will say what is wrong
     if [ "$state" != RUNNING ]; then
         echo "stopped after a complete save; SLURM is ending the job ($state), so it does not requeue itself"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${SFTDIST_MAX_REQUEUES:-200}" ]; then

@@ -108,7 +108,7 @@ class Cluster:
         return done.stdout
 
     def submit(self, script: str, *words: str, options: Sequence[str] = (), **variables: str) -> str:
-        """`sbatch OPTIONS slurm/SCRIPT WORDS`; the job's number."""
+        """`sbatch OPTIONS slurm/SCRIPT WORDS`, or the script at a path; the job's number."""
         file = str(ROOT / "slurm" / script)
         return self.run("sbatch", "--parsable", *options, file, *words, variables=variables).strip()
 

@@ -4,6 +4,7 @@ program in place of `sftdist` notes its words and behaves as one of them says; t
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_words_reach_every_node_as_they_were_given(desk: Desk) -> None:
         assert 20000 <= int(port) < 32000
 
 
+def test_the_scripts_are_found_in_any_folder(desk: Desk) -> None:
+    """sbatch copies the script that it is given; a checkout or an installed package lies where it lies."""
+    copy = desk.folder / "my slurm" / "slurm"
+    shutil.copytree(ROOT / "slurm", copy)
+    job = desk.submit(str(copy / "train.sbatch"), "a=/slurm/train.sbatch")
+    assert desk.cluster.end(job) == ("COMPLETED", 0), desk.cluster.log(job)
+    assert desk.variables(job)["SFTDIST_ROOT"] == str(copy.parent)
+
+
 @pytest.mark.parametrize(("code", "state"), [(0, "COMPLETED"), (2, "FAILED"), (1, "FAILED")])
 def test_the_exit_code_of_sftdist_is_the_one_of_the_job(desk: Desk, code: int, state: str) -> None:
     job = desk.submit("train.sbatch", f"do={code}")
@@ -159,10 +169,11 @@ def test_a_lost_node_is_a_requeue(desk: Desk) -> None:
 
 
 def test_a_stop_before_sftdist_takes_signals_is_a_requeue(desk: Desk) -> None:
-    """Nothing is lost, and nothing has failed. The number of requeues has an end."""
+    """Nothing is lost, and nothing has failed. The number of requeues has an end. The first signal is the one of a
+    preemption with a GraceTime, to the steps alone."""
     job = desk.submit("train.sbatch", "do=deaf", SFTDIST_MAX_REQUEUES="1")
     desk.until_running(job)
-    desk.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    desk.cluster.run("scancel", "--signal=TERM", job)
     desk.cluster.start_now(job)
     desk.until_running(job, start=1)
     desk.cluster.run("scancel", "--batch", "--signal=USR1", job)

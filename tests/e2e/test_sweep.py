@@ -96,6 +96,7 @@ def test_a_sweep_inside_torchrun_is_refused_once(place: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_the_promised_line(tmp_path: Path) -> None:
     done = sftdist(["train", *PROMISED, "train.max_steps=2", "launch.nproc=1"], tmp_path, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,10 +117,11 @@ def _lines(folder: Path, word: str, files: str = "runs/*/config.yaml") -> list[s
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_stopped_and_started_again(place: Path) -> None:
-    """A stop in the second of three jobs: it saves, goes on later, and what comes of it is what comes undisturbed."""
+    """A stop in the second of two jobs: it saves, goes on later, and what comes of it is what comes undisturbed."""
     longer = ("train.max_steps=40", "checkpoint.every_steps=10")
-    words = [*SWEEP, *KEYS, *longer, "seed=11,12,13", "hydra.sweep.dir=stopped"]
+    words = [*SWEEP, *KEYS, *longer, "seed=11,12", "hydra.sweep.dir=stopped"]
     with Running(words, place) as job:
         job.until(lambda: len(runs_of(place / "stopped")) == 2)
         second = max(runs_of(place / "stopped"), key=lambda path: (path / "metrics.jsonl").stat().st_ctime)
@@ -128,7 +130,7 @@ def test_stopped_and_started_again(place: Path) -> None:
         assert job.end() == 75, job.screen
         assert "the sweep was stopped" in job.screen
         assert not job.processes()
-    assert states(place / "stopped") == [("done", 0), ("preempted", 75), ("waiting", None)]
+    assert states(place / "stopped") == [("done", 0), ("preempted", 75)]
     step = status(second)["step"]
     assert 3 <= step < 40
     with Running(words, place) as job:
@@ -136,7 +138,7 @@ def test_stopped_and_started_again(place: Path) -> None:
         assert job.screen.count("finished before") == 1
         assert f"step {step + 1}/" in job.screen
         assert f"step {step}/" not in job.screen
-    assert states(place / "stopped") == [("done", 0)] * 3
+    assert states(place / "stopped") == [("done", 0)] * 2
     undisturbed = sftdist(["train", *KEYS, *longer, "seed=12", "run.dir=alone"], place)
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     names = ("step", "loss", "lr", "rows")
@@ -149,6 +151,7 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_two_at_once(tmp_path: Path) -> None:
     """From an empty folder: both lay the sample data out, and prepare it, at the same time."""
     words = ["+exp=quickstart", "seed=1,2,3", "train.max_steps=2", "launch.nproc=1", "parallel=2", "tracking=disabled"]
@@ -163,6 +166,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_optuna_reads_the_metric(place: Path) -> None:
     pytest.importorskip(
         "hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweep` (hydra-optuna-sweeper) is not there"
@@ -184,6 +188,7 @@ def test_optuna_reads_the_metric(place: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_both_launchers_are_found_where_sftdist_is_installed(kind: str, tmp_path: Path) -> None:
     """In an environment of its own, which has the libraries of this one and nothing of the checkout on its path."""

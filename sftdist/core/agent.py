@@ -250,7 +250,7 @@ def _exit_code(run_dir: Path, start: str | None, returned: int, *, stopped: bool
     if status is not None:  # without one this start never held the run directory
         reason = _CUT if stopped else f"the ranks ended without a final status (torchrun's agent: {returned})"
         write_status(run_dir, "failed", FAILED, reason)
-        print(f"sftdist: error: {reason}", file=sys.stderr, flush=True)
+        _say(f"sftdist: error: {reason}")
     return FAILED
 
 

@@ -196,7 +196,9 @@ def launch(
     ]
     threads = str(max(1, usable_cores() // nproc))
     own = {PARENT_VARIABLE: str(os.getpid()), START_VARIABLE: start}
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **own}
+    # Where another node has gone, torch's C++ warns with its whole stack, behind the line that says what has happened.
+    quiet = {} if nodes is None else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {"OMP_NUM_THREADS": threads, **quiet, **os.environ, **own}
     with Children(first=_say_stopping) as children:
         returned = children.start(command, environment).wait()
     if nodes is not None:

@@ -106,19 +106,25 @@ class Relay(Others):
 
     def _listen(self) -> None:
         failed_at: float | None = None
-        with suppress(dist.DistError):  # the store has ended, and with it the run
-            while not self._over.wait(POLL_SECONDS):
-                if self._store.check(["stop"]):
-                    if not self._knows.is_set():
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    return
-                if failed_at is None and self._store.check(["failed"]):
-                    failed_at = time.monotonic()
-                if failed_at is not None and time.monotonic() > failed_at + ALONE_SECONDS:
-                    self._alone.set()
-                    for child in psutil.Process().children(recursive=True):
-                        with suppress(psutil.NoSuchProcess):
-                            child.kill()
+        while not self._over.wait(POLL_SECONDS):
+            news = self._news()
+            if news == "stop":
+                if not self._knows.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if news == "failed" and failed_at is None:
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() > failed_at + ALONE_SECONDS:
+                self._alone.set()
+                for child in psutil.Process().children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+
+    def _news(self) -> str | None:
+        try:
+            return next((word for word in ("stop", "failed") if self._store.check([word])), None)
+        except dist.DistError:  # who serves the store has ended, and could not say why
+            return "failed"
 
     def _linger(self) -> None:
         deadline = time.monotonic() + LINGER_SECONDS

@@ -64,6 +64,9 @@ class Agents:
         word: str = self._pipes[rank].recv()
         return word
 
+    def say(self, rank: int, word: str) -> None:
+        self._pipes[rank].send(word)
+
     def tell(self, rank: int, number: signal.Signals) -> None:
         pid = self.processes[rank].pid
         assert pid is not None
@@ -120,18 +123,27 @@ def test_a_host_that_dies_while_others_wait_is_named() -> None:
 
 
 def failing(pipe: Connection, nodes: Nodes) -> None:
-    """The second one gives up; the first has a child that would stay."""
+    """One has a child that would stay; the other one says that it gives up, where it is not killed before."""
     relay.ALONE_SECONDS = 1.0
     with Relay(open_store(nodes), nodes.count, serving=nodes.hosting) as others:
-        if not nodes.hosting:
+        pipe.send("here")
+        if pipe.recv() == "fail":
             others.fail()
             time.sleep(60)
         child = subprocess.Popen(["sleep", "60"])
         began = time.monotonic()
-        pipe.send(f"{-child.wait()} {others.alone} {time.monotonic() - began > 1}")
+        pipe.send(f"{-child.wait()} {others.alone} {time.monotonic() - began > 0.5}")
 
 
-def test_ranks_that_wait_for_those_of_a_node_that_has_failed_are_ended() -> None:
+@pytest.mark.parametrize(("gone", "killed"), [(0, True), (0, False), (1, False)])
+def test_ranks_that_wait_for_those_of_a_node_that_has_failed_are_ended(gone: int, killed: bool) -> None:
+    """One that is killed is only missed where it serves the store."""
     pair = Agents(2, program=failing)
-    assert pair.hear(0) == f"{int(signal.SIGKILL)} True True"
-    pair.tell(1, signal.SIGKILL)
+    assert (pair.hear(0), pair.hear(1)) == ("here", "here")
+    pair.say(1 - gone, "stay")
+    if killed:
+        pair.tell(gone, signal.SIGKILL)
+    else:
+        pair.say(gone, "fail")
+    assert pair.hear(1 - gone) == f"{int(signal.SIGKILL)} True True"
+    pair.processes[gone].kill()

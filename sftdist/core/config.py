@@ -50,7 +50,7 @@ from sftdist.core.snapshot import (
     write_config,
 )
 from sftdist.core.typed import options, shown, to_plain
-from sftdist.core.words import Words, read_words
+from sftdist.core.words import Words, read_words, word
 
 __all__ = [
     "FILE",
@@ -242,7 +242,7 @@ def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
     merged = OmegaConf.create(literal(to_plain(_base(words, schema))))
     try:
         chosen = {group: name for group, name in words.groups.items() if _chosen(group, name, words)}
-        composed = hydra_compose(_BASE, overrides=[f"{group}={_quoted(name)}" for group, name in chosen.items()])
+        composed = hydra_compose(_BASE, overrides=[word(group, name) for group, name in chosen.items()])
         layers = [composed, *(hydra_compose(f"{group}/{name}") for group, name in chosen.items() if group != "exp")]
         # A group that the command line chooses wins over what the preset says about the same keys.
         for layer in layers:
@@ -252,8 +252,8 @@ def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
             if not isinstance(merged.exp, str):
                 words.refuse(f"conf/exp/{chosen['exp']}.yaml: its first line must be '# @package _global_'", "exp")
             merged.exp = chosen["exp"]
-        for word in words.values:
-            _apply(merged, word, words.issues)
+        for override in words.values:
+            _apply(merged, override, words.issues)
         return resolved(merged, words.issues)
     except COMPOSITION_ERRORS as error:
         raise ConfigError([*words.issues, explained(error, _group_names())]) from error
@@ -281,11 +281,11 @@ def _chosen(group: str, name: str, words: Words) -> bool:
     return False
 
 
-def _apply(merged: DictConfig, word: Override, issues: list[str]) -> None:
-    key = word.key_or_group
+def _apply(merged: DictConfig, override: Override, issues: list[str]) -> None:
+    key = override.key_or_group
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(merged, parent) if parent else merged
-    if word.is_delete():
+    if override.is_delete():
         if not isinstance(node, DictConfig) or leaf not in node:
             issues.append(f"~{key}: there is no such key to remove")
         else:
@@ -293,8 +293,8 @@ def _apply(merged: DictConfig, word: Override, issues: list[str]) -> None:
     elif parent and node is not None and not isinstance(node, DictConfig):
         issues.append(f"{key}: unknown key; {parent} holds one value and has no keys below it")
     else:
-        both = isinstance(word.value(), dict) and node is not None and _is_section(node, leaf)
-        OmegaConf.update(merged, key, word.value(), merge=both, force_add=True)
+        both = isinstance(override.value(), dict) and node is not None and _is_section(node, leaf)
+        OmegaConf.update(merged, key, override.value(), merge=both, force_add=True)
 
 
 def _is_section(node: DictConfig, name: str) -> bool:
@@ -314,7 +314,3 @@ def _named_mix(name: str) -> tuple[Any, list[str]]:
 def _name(cfg: TrainConfig) -> str:
     exp = re.sub(r"[^A-Za-z0-9_.-]", "-", cfg.exp)
     return f"{exp}-{os.environ.get('SLURM_JOB_ID') or config_hash(cfg)[:8]}"
-
-
-def _quoted(name: str) -> str:
-    return f"'{name}'"

@@ -124,13 +124,18 @@ def publish_directory(final: Path) -> Iterator[Path]:
 def temporary_directory(final: Path) -> Path:
     """Make a directory beside `final` to write into, and remove those that dead processes left for the same name."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(final)
+    temp = _temporary_name(final)
+    temp.mkdir()
+    return temp
+
+
+def remove_abandoned(final: Path) -> None:
+    """Remove what processes of this host that are dead by now left while they wrote or removed `final`."""
     for left in final.parent.glob(f".{glob.escape(final.name)}.@*@*@*.tmp"):
         _, host, pid, _ = left.name.removesuffix(".tmp").rsplit("@", 3)
         if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    temp = _temporary_name(final)
-    temp.mkdir()
-    return temp
 
 
 def remove_temporaries(folder: Path, name: str) -> None:

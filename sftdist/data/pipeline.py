@@ -6,8 +6,8 @@ Several processes may prepare the same thing at the same moment: each store is p
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError, DataAbsentError, DataError
-from sftdist.core.storage import publish_directory, read_json, read_jsonl, sha256_json, verify_directory
+from sftdist.core.storage import (
+    publish_directory,
+    read_json,
+    read_jsonl,
+    remove_abandoned,
+    remove_path,
+    sha256_json,
+    verify_directory,
+)
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, normalise
 from sftdist.data.encode import Job, Workers
@@ -240,8 +248,10 @@ def _have_store(
     damaged = verify_directory(task.path) if task.path.is_dir() else []
     if damaged:
         say(f"{task.name}: the store is damaged and is written again ({damaged[0]})")
-        shutil.rmtree(task.path)
+        with suppress(FileNotFoundError):  # another process has found it, too
+            remove_path(task.path)
     if task.path.is_dir():
+        remove_abandoned(task.path)  # as large as a store, and nobody will write this one again
         return Preparation(TokenStore.open(task.path), reused=True, changed=[])
     changed = changed_ingredients(task.path, task.name, task.ingredients)
     if changed:
@@ -299,7 +309,9 @@ def _vocabulary_path(request: PrepareRequest, parts: dict[str, list[Part]]) -> P
 
 def _trained_vocabulary(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> Path:
     path = _vocabulary_path(request, parts)
-    if not path.is_dir():
+    if path.is_dir():
+        remove_abandoned(path)
+    else:
         say(f"training a tokenizer of {request.vocabulary} entries on the train rows of all sources")
         texts = (text for entry in request.sources for text in _train_texts(request, entry.source, parts))
         tokenizer = train_tokenizer(texts, request.vocabulary or 0)

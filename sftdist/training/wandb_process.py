@@ -62,6 +62,7 @@ class WandbProcess:
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", MODULE, str(file)],
+                env={"WANDB_ERROR_REPORTING": "false", **os.environ},  # else wandb sends usage figures, offline too
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -26,6 +26,7 @@ from sftdist.data.sources import Source
 from sftdist.data.store import TokenStore
 from sftdist.data.vocabulary import train_tokenizer
 from sftdist.prepare import command
+from tests.ranks import context
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,6 +115,49 @@ def test_eight_simultaneous_starts_give_one_valid_store(tmp_path: Path, tokenize
     assert len(stores) == 1
     assert verify_directory(stores[0]) == []
     assert prepare(request).report["sources"]["train"]["reused"]
+    assert list(request.store_dir.glob(".*")) == [], "what the killed one left, which is as large as a store"
+
+
+def prepare_as_a_user_does(folder: Path) -> None:
+    """The whole command of one user, in a process of its own."""
+    os.chdir(folder)
+    shape = "model.shape={model_type:llama,hidden_size:8,num_hidden_layers:1,num_attention_heads:1,vocab_size:320}"
+    own = ["data.train=x.jsonl", "model.init=random", shape, "model.vocabulary=320", "model.chat_template=chatml"]
+    sys.exit(run_here(*own, "data.workers=1"))
+
+
+def test_eight_simultaneous_commands_of_which_one_is_killed(tmp_path: Path) -> None:
+    """Tokenizer, store and report: none has a lock that a killed process would keep."""
+    write_rows(tmp_path / "x.jsonl", 1000)
+    processes = [context.Process(target=prepare_as_a_user_does, args=(tmp_path,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    wait_for(lambda: any(f"@{processes[5].pid}@" in path.name for path in (tmp_path / "stores").glob(".*")))
+    processes[5].kill()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0, 0, -signal.SIGKILL, 0, 0]
+    again = context.Process(target=prepare_as_a_user_does, args=(tmp_path,))
+    again.start()
+    again.join()
+    assert again.exitcode == 0
+    names = sorted(path.name.partition("-")[0] for path in (tmp_path / "stores").iterdir())
+    assert names == ["report.json", "tokenizer", "train"]
+    for folder in (tmp_path / "stores").glob("t*-*"):
+        assert verify_directory(folder) == []
+
+
+def test_a_damaged_store_is_written_again_by_whoever_comes_first(tmp_path: Path, tokenizer_folder: Path) -> None:
+    request = request_of_rows(tmp_path, tokenizer_folder, write_rows(tmp_path / "x.jsonl", 500))
+    store = prepare(request).stores["train"].path
+    (store / "ids.bin").write_bytes(b"")
+    processes = [context.Process(target=prepare, args=(request,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert verify_directory(store) == []
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -301,23 +301,47 @@ def test_lambdas_keep_their_spelling_where_they_sum_to_one() -> None:
 def test_the_name_is_the_hash_of_what_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     base = compose("quickstart")
     same = ["zero.stage=3", "run.note=x", "tracking.wandb=disabled", "launch.nproc=2", "checkpoint.keep_last=5"]
-    same += ["eval.every_steps=7", "dry_run=true"]
+    same += ["eval.every_steps=7", "dry_run=true", "tracking.group=g", "tracking.tags=[a]", "run.note=${now:%f}"]
+    same += ["launch.nodes=2", "launch.address=h:1", "launch.node_rank=1", "launch.max_restarts=3", "sweep.metric=loss"]
     assert compose("quickstart", same).run.name == base.run.name
     for word in ("optimizer.lr=1", "data.mix=balanced", "train.packs_per_step=3"):
         assert compose("quickstart", [word]).run.name != base.run.name, word
     plan = compose("quickstart", ["cluster.gpus=4"], PlanConfig)
     assert plan.run.name == base.run.name, "a command's own keys are no part of it"
+
+
+def test_a_jobs_number_is_the_name_under_slurm_and_stays_it_when_the_job_is_requeued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each task of an array has a number of its own, which SLURM keeps when it starts the task again."""
+    by_hash = compose("quickstart").run.name
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    assert compose("quickstart").run.dir == "runs/quickstart-4711"
+    first = compose("quickstart")
+    assert (first.run.name, first.run.dir) == ("quickstart-4711", "runs/quickstart-4711")
+    again = {"SLURM_RESTART_COUNT": "2", "SLURM_NODEID": "1", "SLURM_PROCID": "9", "SLURM_JOB_NODELIST": "n[5-6]"}
+    for name, value in {**again, "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert compose("quickstart").run.name == first.run.name
+    names = {first.run.name}
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4712")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_JOB_ID", str(4712 + int(task)))
+        names |= {compose("quickstart").run.name, compose("quickstart", ["launch.nproc=2"]).run.name}
+    assert len(names) == 3
+    assert compose("quickstart", ["run.name=mine"]).run.dir == "runs/mine"
+    monkeypatch.setenv("SLURM_JOB_ID", "")
+    assert compose("quickstart").run.name == by_hash
 
 
-def test_generated_names_hold_no_special_characters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exp", ["a,b{c}", "k=v", "größe x", "a'b"])
+def test_generated_names_hold_no_special_characters(tmp_path: Path, exp: str) -> None:
     folder = tmp_path / "conf" / "exp"
     folder.mkdir(parents=True)
-    (folder / "a,b{c}.yaml").write_text("# @package _global_\ndefaults: [quickstart, _self_]\n")
-    cfg = compose("a,b{c}")
+    (folder / f"{exp}.yaml").write_text("# @package _global_\ndefaults: [quickstart, _self_]\n")
+    cfg = compose(exp)
     assert cfg.run.name is not None
-    assert not set(cfg.run.name) & set("=,{} ")
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+", cfg.run.name)
 
 
 def test_an_existing_run_is_the_base(tmp_path: Path) -> None:

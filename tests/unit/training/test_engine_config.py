@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from sftdist import train
+from sftdist.core.distributed import World
 from sftdist.core.errors import ConfigError
 from sftdist.training import zero_config
 from sftdist.training.zero_config import OWNED, OWNED_ZERO, EngineSpec, deepspeed_config
+from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_generated_config_passes_deepspeeds_own_validation(stage: int, precision: str) -> None:
-    """DeepSpeed asks the process group for the world size, which is 1 here; X3 runs the configs of 2 and 4 ranks."""
-    parsed = DeepSpeedConfig(deepspeed_config(EngineSpec(stage, precision, "optimizer", 1.0), 1))
-    assert parsed.gradient_accumulation_steps == 1
-    assert int(parsed.zero_optimization_stage) == stage
-    assert parsed.gradient_clipping == 1.0
+@dataclass(frozen=True)
+class Ranks:
+    """What DeepSpeed asks for the world size, where it is not the process group."""
+
+    count: int
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.count
 
 
-@pytest.mark.parametrize("world_size", range(1, 9))
-def test_batch_numbers_agree_for_every_world_size(world_size: int) -> None:
-    config = deepspeed_config(EngineSpec(2, "bf16"), world_size)
-    per_rank = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
-    assert config["train_batch_size"] == per_rank * world_size
+def validate(world: World) -> int:
+    """DeepSpeed's own validation of every configuration that we may make; the number of them."""
+    # Without a process group DeepSpeed takes any world size for 1; the op, which the engine leaves out, too, would be
+    # compiled first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    every = list(itertools.product((1, 2, 3), ("fp32", "bf16", "fp16"), range(1, 9)))
+    for stage, precision, size in every:
+        made = deepspeed_config(EngineSpec(stage, precision, "optimizer", 1.0), size)
+        parsed = DeepSpeedConfig(json.loads(json.dumps(made)), mpu=Ranks(size))
+        assert parsed.world_size == size
+        assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (size, 1)
+        assert parsed.gradient_accumulation_steps == 1
+        assert int(parsed.zero_optimization_stage) == stage
+        assert parsed.gradient_clipping == 1.0
+    for key, value in (("train_batch_size", 3), ("gradient_accumulation_steps", 2)):
+        with pytest.raises(AssertionError, match="train_batch_size is not equal"):
+            DeepSpeedConfig({**made, key: value}, mpu=Ranks(8))
+    return len(every)
+
+
+def test_generated_configs_pass_deepspeeds_own_validation() -> None:
+    """On any number of ranks; batch numbers of a user's own, that do not agree, do not pass it."""
+    assert run_ranks(validate, 1) == [72]
+
+
+def test_an_owned_key_ends_the_command_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["+exp=quickstart", "zero.deepspeed={train_batch_size:8,zero_optimization:{stage:3}}", "optimizer.lr=0"]
+    monkeypatch.setattr("sys.argv", ["sftdist train", *words])
+    assert train.main() == 2
+    said = capsys.readouterr().err
+    assert "zero.deepspeed.train_batch_size: this key is set by the trainer; use train.packs_per_step" in said
+    assert "zero.deepspeed.zero_optimization.stage: this key is set by the trainer; use zero.stage" in said
+    assert "optimizer.lr: given 0" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("key", list(OWNED))

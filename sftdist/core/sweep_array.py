@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -111,15 +112,21 @@ def read_queue() -> dict[str, str] | None:
 
 def submit(line: Sequence[str]) -> str:
     """The number of the array. Raises StartupError with the words of sbatch."""
-    done = _slurm(line)
+    done = _slurm(line, outside_of_a_job(os.environ))
     if done.returncode:
         raise StartupError(f"sbatch refuses the job array: {done.stderr.strip()} (hydra.launcher.options)")
     return done.stdout.strip().partition(";")[0]  # ID, or ID;CLUSTER
 
 
-def _slurm(line: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def outside_of_a_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what SLURM says of the job, or the interactive allocation, that this process runs in: the tasks would
+    take its GPUs and CPUs for their own."""
+    return {key: value for key, value in environment.items() if key == "SLURM_CONF" or not key.startswith("SLURM_")}
+
+
+def _slurm(line: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(line, capture_output=True, text=True, check=False)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise ConfigError(
             f"hydra/launcher=slurm: {line[0]} is not on the PATH; start the sweep on a host that submits jobs, or use "

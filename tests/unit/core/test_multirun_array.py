@@ -16,7 +16,15 @@ from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError, StartupError
 from sftdist.core.shipped import shipped_folder
 from sftdist.core.sweep import Job, Sweep, SweepStopped
-from sftdist.core.sweep_array import ArraySettings, ended_task, parse_queue, ranges, run_array, sbatch_line
+from sftdist.core.sweep_array import (
+    ArraySettings,
+    ended_task,
+    outside_of_a_job,
+    parse_queue,
+    ranges,
+    run_array,
+    sbatch_line,
+)
 
 QUICK = ArraySettings(poll_seconds=0.05)
 
@@ -227,3 +235,8 @@ def test_a_status_from_before_the_array_is_not_the_tasks(tmp_path: Path) -> None
     assert ended_task(jobs[0], "s1", tmp_path / "none").reason.startswith("the task ended, or was cancelled")
     leave(jobs[0], "running", 1, start="s2", reason="training")
     assert ended_task(jobs[0], "s1", tmp_path / "none").reason == "it ended without a word (training)"
+
+
+def test_an_array_is_submitted_as_from_outside_of_any_job() -> None:
+    here = {"SLURM_JOB_ID": "7", "SLURM_GPUS_PER_NODE": "1", "SLURM_CONF": "/etc/s.conf", "SBATCH_PARTITION": "a"}
+    assert outside_of_a_job(here) == {"SLURM_CONF": "/etc/s.conf", "SBATCH_PARTITION": "a"}

@@ -154,6 +154,7 @@ def test_a_preempted_job_goes_on_when_the_other_has_ended(desk: Desk) -> None:
     desk.cluster.end(job)
 
 
+@pytest.mark.long
 def test_a_lost_node_is_a_requeue(desk: Desk) -> None:
     job = desk.submit("train.sbatch", "do=stop", nodes=2)
     desk.until_running(job)

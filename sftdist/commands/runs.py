@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sftdist.core import snapshot
 from sftdist.core.agent import FAILED, STATUS, read_status
+from sftdist.core.errors import ConfigError
 from sftdist.core.lock import holder
 from sftdist.core.storage import verify_directory
 from sftdist.core.table import columns
@@ -21,14 +22,21 @@ _CHECKPOINTS = "checkpoints"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 when a checkpoint does not verify. argparse ends with 2 where an argument is wrong."""
+    """The exit code: 0, 1 when a checkpoint does not verify, 2 where the run's configuration cannot be read.
+
+    argparse ends with 2 where an argument is wrong.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     if words[:1] == [_CHECKPOINTS]:
         given = parser.parse_args(words)
         if not is_run(given.run):
             parser.error(f"{given.run} is no run: required a run directory, which holds {snapshot.FILE}")
-        return show_checkpoints(given.run, fast=given.fast)
+        try:
+            return show_checkpoints(given.run, fast=given.fast)
+        except ConfigError as error:  # of another version, or edited
+            print(f"sftdist runs: error: {error}", file=sys.stderr)
+            return error.exit_code
     given = parser.parse_args(["list", *words] if words[:1] not in (["list"], ["-h"], ["--help"]) else words)
     if not given.folder.is_dir():
         parser.error(f"{given.folder}: there is no such folder; give the one that holds your run directories")

@@ -1,4 +1,4 @@
-"""From YAML groups and command-line overrides to one typed, checked configuration. The only hydra import.
+"""From YAML groups and command-line overrides to one typed, checked configuration.
 
 Hydra reads overrides, searches the groups and merges them onto the defaults of the dataclass tree; unknown keys and
 wrong types are found afterwards by `core.typed`, all at once, whether a key came with a `+`, without, or from a file.

@@ -32,6 +32,7 @@ def without_network(folder: Path, command: Sequence[str]) -> tuple[subprocess.Co
     return done, notes.read_text().splitlines()
 
 
+@pytest.mark.long
 def test_training_on_prepared_data_asks_nobody(home: Path) -> None:
     """From the first line to the verified export, with W&B as it is by default."""
     words = [*KEYS, "launch.nproc=1", "zero.stage=1", "train.max_steps=2", "tracking.wandb=null", "run.dir=runs/alone"]

@@ -119,3 +119,17 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "there is no such folder" in said
     assert main([str(tmp_path)]) == 0
     assert lines_of(capsys) == [f"no run below {tmp_path}"]
+
+
+def test_a_run_of_a_later_version_is_listed_and_its_checkpoints_are_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "later")
+    make_checkpoint(run_dir, 10)
+    (run_dir / "config.yaml").write_text("config_version: 999\nfrom_the_future: 1\n")
+    assert main([str(tmp_path)]) == 0
+    assert lines_of(capsys)[1].split()[0] == "later"
+    assert main(["checkpoints", str(run_dir)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sftdist runs: error: {run_dir}/config.yaml: config_version: given 999")
+    assert said.count("\n") == 1

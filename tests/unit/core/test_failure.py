@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from sftdist.core.distributed import session
 from sftdist.core.errors import CheckpointError, ConfigError, StartupError, TrainingError
 from sftdist.core.failure import FILE, Failure, failure_of, here, lines, print_failure, read_failure, write_failure
 from sftdist.core.progress import Activity
+from sftdist.core.ranklog import log_file
+from tests.conftest import ROOT
 
 DOING = Activity("forward and backward", 7, tuple(f"row-{number}" for number in range(12)))
 
@@ -81,3 +86,52 @@ def test_one_process_reports_too() -> None:
     with pytest.raises(ValueError, match="bad"):
         fail_alone(reports)
     assert [(one.rank, one.kind, one.step, one.rows) for one in reports] == [(0, "error", 3, ("a",))]
+
+
+REPORTS = """
+import sys
+from pathlib import Path
+from sftdist.core import agent
+from sftdist.core.failure import here
+from sftdist.core.progress import Activity
+from sftdist.core.ranklog import rank_log
+kind, run_dir = sys.argv[1], Path(sys.argv[2])
+with rank_log(run_dir, 1):
+    agent.report(run_dir, here(kind, 1, Activity(), "the cause"))
+"""
+OUR_LAST = {"SFTDIST_START": "s", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "variables", "at_once"),
+    [
+        ("error", OUR_LAST, False),
+        ("killed", OUR_LAST, False),
+        ("lost", OUR_LAST, True),  # its ranks may take a while to end
+        ("error", {**OUR_LAST, "TORCHELASTIC_RESTART_COUNT": "0"}, True),  # the agent says nothing: it starts again
+        ("error", {}, True),  # a torchrun that is not ours
+    ],
+)
+def test_a_rank_tells_the_console_what_its_agent_will_not(
+    tmp_path: Path, kind: str, variables: dict[str, str], at_once: bool
+) -> None:
+    said = reported(tmp_path, kind, variables)
+    assert said.count("the cause") == at_once
+    assert log_file(tmp_path, 1).read_text().count("the cause") == 1
+    left = read_failure(tmp_path)
+    assert left is not None
+    assert left.message == "the cause"
+
+
+def test_a_failure_that_cannot_be_written_down_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir(parents=True)  # in the way of the file
+    said = reported(tmp_path, "error", OUR_LAST).splitlines()
+    assert said[0].endswith("the cause")
+    assert "the failure could not be written down" in said[-1]
+
+
+def reported(run_dir: Path, kind: str, variables: dict[str, str]) -> str:
+    """What rank 1 puts on the console for a failure of this kind."""
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1", **variables}
+    command = [sys.executable, "-c", REPORTS, kind, str(run_dir)]
+    return subprocess.run(command, env=here, capture_output=True, text=True, check=True).stderr

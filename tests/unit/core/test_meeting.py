@@ -71,9 +71,7 @@ def test_another_plan_is_refused_and_the_others_go_on_waiting(nodes: Nodes) -> N
     table = Table(nodes)
     first = table.come(0, "mine")
     time.sleep(0.3)
-    with pytest.raises(
-        ConfigError, match=r"the same.*\n  run.dir: this node has /runs/two, .*has /runs/one$"
-    ):
+    with pytest.raises(ConfigError, match=r"the same.*\n  run.dir: this node has /runs/two, .*has /runs/one$"):
         table.come(1, "yours", {**PLAN, "run.dir": "/runs/two"}).result(10)
     assert not first.done()
     table.come(1, "yours").result(10)

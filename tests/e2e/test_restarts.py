@@ -140,7 +140,7 @@ def test_the_last_lines_name_the_first_failure(place: Path) -> None:
     with Running([*TRAIN, *KEYS, f"run.dir={run_dir}", f"model.path={poisoned(place)}"], place) as job:
         assert job.end() == 1, job.screen
         last = job.screen[job.screen.rindex("sftdist: error:") :]
-        assert re.search(r"rank \d on \S+ .*in step 1.*must be finite.*rows of that step: train/row-", last, re.DOTALL)
+        assert re.search(r"rank \d on \S+ .*in step 1.*must be finite.*Rows of this step: train/row-", last, re.DOTALL)
         assert last.rstrip().endswith("log/failure.json")
 
 

@@ -43,40 +43,47 @@ def headline(what: str) -> re.Pattern[str]:
 
 
 def test_a_restart_appends_and_the_last_lines_name_the_failure(tmp_path: Path) -> None:
+    """Rank 1 raises, and after the restart a native library crashes."""
+    run_dir = tmp_path / "run"
+    with Running([*TALKER, str(run_dir), "fault,abort"], tmp_path) as job:
+        assert job.end() == FAILED, job.screen
+        screen = job.screen
+    for line in RANK_1[:3]:
+        assert line not in screen, "the console is rank 0's"
+    for line in RANK_1:
+        assert logged(run_dir, 1).count(line) == 2
+    assert screen.count("rank 0 has a child") == 2
+    assert [logged(run_dir, rank).count("=== ") for rank in (0, 1)] == [2, 2]
+    assert "attempt 2" in logged(run_dir, 1)
+    for text in (screen, logged(run_dir, 1)):
+        assert len(headline("failed while starting: ValueError: a fault of ours").findall(text)) == 1
+        assert text.count("Traceback") == 1
+        assert text.count("\nValueError: a fault of ours") == 1
+    first, *tail, where = last_lines(screen)
+    assert headline("died while starting: ended by SIGABRT").fullmatch(first)
+    assert tail[0] == "the last lines of its log:"
+    assert len(tail) <= 11
+    assert f"  | {NATIVE.decode().strip()}" in tail
+    assert re.search(r"tests/talker.py\", line \d+ in end", "\n".join(tail))
+    assert where == f"its log is {log_file(run_dir, 1)}; all of it is in {run_dir / 'log/failure.json'}"
+
+
+@pytest.mark.long
+def test_a_fault_after_a_restart_is_told_once_at_the_end(tmp_path: Path) -> None:
     """Rank 1 leaves without a word, and raises after the restart."""
     run_dir = tmp_path / "run"
     with Running([*TALKER, str(run_dir), "exit,fault"], tmp_path) as job:
         assert job.end() == FAILED, job.screen
         screen = job.screen
-    for line in RANK_1:
-        assert line not in screen, "the console is rank 0's"
-        assert logged(run_dir, 1).count(line) == 2
-    assert screen.count("rank 0 has a child") == 2
-    assert [logged(run_dir, rank).count("=== ") for rank in (0, 1)] == [2, 2]
-    assert "attempt 2" in logged(run_dir, 1)
+    assert not [line for line in RANK_1 if line in screen]
     first, *trace, where = last_lines(screen)
     assert headline("failed while starting: ValueError: a fault of ours").fullmatch(first)
     assert (trace[0], trace[-1]) == ("Traceback (most recent call last):", "ValueError: a fault of ours")
-    assert where == f"its log is {log_file(run_dir, 1)}; all of it is in {run_dir / 'log/failure.json'}"
-    assert screen.count(first) == 1
-    assert logged(run_dir, 1).count(first) == 1
+    assert where.startswith(f"its log is {log_file(run_dir, 1)}; ")
     assert headline("died while starting: it ended without a word").search(screen)
     for text in (screen, logged(run_dir, 1)):
+        assert text.count(first) == 1
         assert text.count("Traceback") == 1
-        assert text.count("\nValueError: a fault of ours") == 1
-
-
-def test_a_crash_is_shown_with_what_it_said_itself(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    with Running([*TALKER, str(run_dir), "abort"], tmp_path) as job:
-        assert job.end() == FAILED, job.screen
-        first, *tail, where = last_lines(job.screen)
-    assert headline("died.*: ended by SIGABRT").fullmatch(first)
-    assert tail[0] == "the last lines of its log:"
-    assert len(tail) <= 11
-    assert f"  | {NATIVE.decode().strip()}" in tail
-    assert re.search(r"tests/talker.py\", line \d+ in end", "\n".join(tail))
-    assert where.startswith(f"its log is {log_file(run_dir, 1)}")
 
 
 @pytest.mark.long
@@ -124,6 +131,7 @@ def test_files_that_torchrun_was_told_to_write_hold_what_they_did(tmp_path: Path
         assert line in logged(run_dir, 1)
 
 
+@pytest.mark.long
 def test_a_run_of_one_process_keeps_its_streams(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     before = sys.stdout, sys.stderr, os.fstat(1).st_ino, os.fstat(2).st_ino

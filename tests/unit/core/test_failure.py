@@ -106,10 +106,11 @@ OUR_LAST = {"SFTDIST_START": "s", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELAST
     ("kind", "variables", "at_once"),
     [
         ("error", OUR_LAST, False),
-        ("killed", OUR_LAST, False),
+        pytest.param("killed", OUR_LAST, False, marks=pytest.mark.long),
         ("lost", OUR_LAST, True),  # its ranks may take a while to end
-        ("error", {**OUR_LAST, "TORCHELASTIC_RESTART_COUNT": "0"}, True),  # the agent says nothing: it starts again
-        ("error", {}, True),  # a torchrun that is not ours
+        # The agent says nothing: it starts them again.
+        pytest.param("error", {**OUR_LAST, "TORCHELASTIC_RESTART_COUNT": "0"}, True, marks=pytest.mark.long),
+        pytest.param("error", {}, True, marks=pytest.mark.long),  # a torchrun that is not ours
     ],
 )
 def test_a_rank_tells_the_console_what_its_agent_will_not(

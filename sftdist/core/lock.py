@@ -12,17 +12,20 @@ from typing import TextIO
 
 from sftdist.core.errors import StartupError
 
+_ADVICE = "One run at a time may write to a run directory: wait for it, stop it, or give another run.dir."
+
 
 class RunLock:
     """Context manager: an exclusive lock on `run_dir`, given up when the process ends, however it ends.
 
-    A second process waits `wait_seconds`, then StartupError names the holder. The lock is a POSIX record lock:
-    forked children do not inherit it, and it works between hosts on a shared file system that supports locks.
+    A second process waits `wait_seconds`, then StartupError names the holder and gives `advice`. The lock is a POSIX
+    record lock: forked children do not inherit it, and it works between hosts on a shared file system that has locks.
     """
 
-    def __init__(self, run_dir: Path, wait_seconds: float = 30.0) -> None:
+    def __init__(self, run_dir: Path, wait_seconds: float = 30.0, advice: str = _ADVICE) -> None:
         self.path = run_dir / ".lock"
         self._wait = wait_seconds
+        self._advice = advice
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunLock:
@@ -35,8 +38,7 @@ class RunLock:
                 holder = file.read().strip() or "another process"
                 file.close()
                 raise StartupError(
-                    f"{self.path.parent} is in use by {holder} (waited {self._wait:.0f} s). "
-                    "One run at a time may write to a run directory: wait for it, stop it, or give another run.dir."
+                    f"{self.path.parent} is in use by {holder} (waited {self._wait:.0f} s). {self._advice}"
                 )
             time.sleep(min(0.2, self._wait / 5 + 0.01))
         file.truncate(0)

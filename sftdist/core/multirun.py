@@ -81,7 +81,7 @@ def multirun(
 
 
 def _carry_out(sweep: Sweep, sweeper: Sweeper, words: list[str]) -> int:
-    count = f"{len(sweep.jobs)} jobs" if sweep.jobs else "jobs"
+    count = {0: "jobs", 1: "1 job"}.get(len(sweep.jobs), f"{len(sweep.jobs)} jobs")
     print(f"{sweep.folder.name}: {count} of sftdist {sweep.command}; see {sweep.folder / FILE}", flush=True)
     stopped = False
     try:
@@ -163,7 +163,7 @@ def _job(load: Load, number: int, overrides: tuple[str, ...], *, runs: Path | No
     if run_dir == Path(_RUNS, str(cfg.run.name)):  # the default
         run_dir = runs / str(cfg.run.name)
     own = [word("run.name", str(cfg.run.name)), word("run.dir", str(run_dir))]
-    own += [] if cfg.tracking.group else [word("tracking.group", group)]
+    own += [word("tracking.group", cfg.tracking.group or group)]
     return Job(number, overrides, (*overrides, *own), run_dir, cfg)
 
 
@@ -223,8 +223,8 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words for Hydra, and those of the jobs. `parallel=N` is short for hydra.launcher.parallel=N."""
     hydra_words, words = [], []
     for text in argv:
-        if text.startswith("parallel="):
-            hydra_words.append(f"hydra.launcher.{text}")
+        if text.lstrip("+").startswith("parallel="):
+            hydra_words.append(f"hydra.launcher.{text.lstrip('+')}")
         elif text.lstrip("+~").startswith(("hydra/", "hydra.")):
             hydra_words.append(_quoted(text))
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,21 @@ def shared_run(jobs: Iterable[Job], job: Job) -> str | None:
     for other in jobs:
         if job.run_dir is not None and other.run_dir == job.run_dir and other.number != job.number:
             return (
-                f"jobs {other.number} and {job.number} have one run directory, {job.run_dir}: they differ in nothing "
-                "that names a run; name them by what differs, for instance 'run.name=NAME-${zero.stage}'"
+                f"jobs {other.number} and {job.number} have one run directory, {job.run_dir}: {_why_shared(other, job)}"
             )
     return None
+
+
+def _why_shared(one: Job, other: Job) -> str:
+    if snapshot.config_hash(one.cfg) == snapshot.config_hash(other.cfg):
+        return (
+            "they differ in nothing that names a run; leave out what is given twice, or name them by what differs, for "
+            "instance 'run.name=NAME-${zero.stage}'"
+        )
+    return (
+        "run.dir or run.name is given once for all of them; leave it out (hydra.sweep.dir=DIR puts all run directories "
+        "below DIR)"
+    )
 
 
 class Sweep:
@@ -96,7 +108,11 @@ class Sweep:
         self.jobs: dict[int, Job] = {}
         self.outcomes: dict[int, Outcome] = {}
         self._make, self._fixed = make, frozenset(fixed)
-        file = folder / FILE
+        self._before: dict[int, dict[str, Any]] = {}
+
+    def recall(self) -> None:
+        """Read what an earlier start has left. For the one process that holds the folder."""
+        file = self.folder / FILE
         self._before = {entry["number"]: entry for entry in read_json(file)["jobs"]} if file.is_file() else {}
 
     def job(self, number: int, overrides: Sequence[str]) -> Job:
@@ -120,20 +136,27 @@ class Sweep:
         return " ".join(word for word in job.overrides if word.partition("=")[0] not in self._fixed)
 
     def begin(self, jobs: Iterable[Job]) -> None:
-        """Write down the words of jobs that are about to run. Raises ConfigError where one has the run directory of a
-        job with other overrides."""
+        """Write down the words of jobs that are about to run, and the configuration that was checked: a preset that is
+        edited before a job starts, which may be days later on a cluster, is refused there. Raises ConfigError where one
+        has the run directory of a job with other overrides."""
         for job in jobs:
             if issue := shared_run((other for other in self.jobs.values() if other.overrides != job.overrides), job):
                 raise ConfigError(issue)
             self.words_file(job).parent.mkdir(parents=True, exist_ok=True)
             write_text(self.words_file(job), "".join(f"{word}\0" for word in job.words))
+            if job.run_dir is not None and not (job.run_dir / snapshot.FILE).is_file():
+                snapshot.write_config(job.run_dir, job.cfg)
             earlier = self.array_before(job)
             self.outcomes[job.number] = Outcome(array=earlier[0] if earlier and earlier[1] else None)
         self._write()
 
     def note(self, job: Job, outcome: Outcome) -> None:
         """Write down where a job stands."""
-        self.outcomes[job.number] = outcome
+        self.note_all({job.number: outcome})
+
+    def note_all(self, outcomes: Mapping[int, Outcome]) -> None:
+        """Write down where jobs stand, at once."""
+        self.outcomes |= outcomes
         self._write()
 
     def say(self, job: Job, text: str) -> None:
@@ -180,22 +203,20 @@ class Sweep:
         return (str(job.number), self.shown(job), outcome.state, code, step, metric, str(job.run_dir or ""))
 
     def _failure(self, job: Job, outcome: Outcome) -> list[str]:
-        lines = [f"job {job.number} failed with exit code {outcome.code}: sftdist {self.command} {self.shown(job)}"]
+        command = shlex.join(("sftdist", self.command, *job.overrides))
+        lines = [f"job {job.number} failed with exit code {outcome.code}: {command}"]
         lines += [f"  {line}" for line in outcome.reason.splitlines()]
         return [*lines, f"  log: {outcome.log}"] if outcome.log else lines
 
 
-def unfinished(sweep: Sweep, jobs: Iterable[Job]) -> list[Job]:
+def unfinished(sweep: Sweep, jobs: Sequence[Job]) -> list[Job]:
     """The jobs that are still to run; those that an earlier start has finished are noted."""
-    left = []
-    for job in jobs:
-        outcome = finished(job)
-        if outcome is None:
-            left.append(job)
-        else:
-            sweep.note(job, outcome)
-            sweep.say(job, f"{sweep.shown(job)}: finished before, in {job.run_dir}")
-    return left
+    done = {job.number: outcome for job in jobs if (outcome := finished(job)) is not None}
+    sweep.note_all(done)
+    for number in done:
+        job = sweep.jobs[number]
+        sweep.say(job, f"{sweep.shown(job)}: finished before, in {job.run_dir}")
+    return [job for job in jobs if job.number not in done]
 
 
 def finished(job: Job) -> Outcome | None:
@@ -205,9 +226,11 @@ def finished(job: Job) -> Outcome | None:
     status = read_status(job.run_dir)
     if status is None or status["state"] != "done":
         return None
-    if snapshot.differences(snapshot.read_config(job.run_dir), job.cfg):
-        return None
-    return ended_run(job, status)
+    try:
+        before = snapshot.read_config(job.run_dir)
+    except ConfigError:
+        return None  # the job itself says what is wrong, and the others go on
+    return None if snapshot.differences(before, job.cfg) else ended_run(job, status)
 
 
 def start_of(job: Job) -> str | None:

@@ -63,12 +63,13 @@ def run_array(sweep: Sweep, jobs: Sequence[Job], settings: ArraySettings) -> Non
         sweep.say(sweep.jobs[number], f"{sweep.shown(sweep.jobs[number])}: in job array {array}, which goes on")
     if new := [job for job in todo if job.number not in waiting]:
         sweep.screen(new[0]).parent.mkdir(exist_ok=True)  # sbatch makes no folder
-        array = submit(sbatch_line(sweep.folder, [job.number for job in new], settings))
-        waiting |= {job.number: array for job in new}
+        with _signals_held():  # an array whose number is not written down would be submitted again
+            array = submit(sbatch_line(sweep.folder, [job.number for job in new], settings))
+            waiting |= {job.number: array for job in new}
+            sweep.note_all({job.number: Outcome("queued", array=array) for job in new})
         numbers = ranges(job.number for job in new)
         print(f"submitted job array {array} with jobs {numbers}; screens are in {sweep.folder}/screens", flush=True)
-    for job in todo:
-        sweep.note(job, Outcome("queued", array=waiting[job.number]))
+    sweep.note_all({number: Outcome("queued", array=array) for number, array in waiting.items()})
     if settings.wait:
         with _left_alone(sorted(set(waiting.values()))):
             _wait(sweep, waiting, before, settings.poll_seconds)
@@ -196,6 +197,16 @@ def ended_task(job: Job, before: str | None, screen: Path) -> Outcome:
     return Outcome(
         "failed", FAILED, reason=words or "the task ended, or was cancelled, before it said anything", log=str(screen)
     )
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A stop signal waits for the end of the block, in the commands that it starts, too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

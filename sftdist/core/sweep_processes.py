@@ -36,8 +36,7 @@ def run_jobs(sweep: Sweep, jobs: Sequence[Job], parallel: int) -> None:
     Those that are finished are not started. A stop signal is passed on to those that run; then SweepStopped is raised.
     Raises ConfigError where the machine has too few devices for `parallel` jobs, or a job needs several hosts.
     """
-    if parallel < 1:
-        raise ConfigError(f"hydra.launcher.parallel: given {parallel}, required at least 1")
+    parallel = min(parallel, len(jobs))  # else devices would lie idle
     _refuse_several_hosts(jobs)
     places = deal(devices_here(), parallel, [job.cfg.launch.nproc for job in jobs])
     todo, running = deque(unfinished(sweep, jobs)), dict[int, _Running]()

@@ -18,11 +18,12 @@ class JobLauncher(Launcher):
     """A launcher whose jobs are whole `sftdist` commands. Only `sftdist COMMAND -m` can use it."""
 
     sweep: Sweep
+    sweeper: str
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         if not isinstance(task_function, Sweep):
             raise ConfigError("hydra/launcher: this one starts sftdist's own jobs; use it with sftdist COMMAND -m")
-        self.sweep = task_function
+        self.sweep, self.sweeper = task_function, config.hydra.runtime.choices["hydra/sweeper"]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs; each returns its metric, and None where it has none.
@@ -37,6 +38,8 @@ class JobLauncher(Launcher):
         self.run(sorted(first.values(), key=lambda job: job.number))
         for job in jobs:
             self.sweep.note(job, self.sweep.outcomes[first[job.overrides].number])
+        if self.sweeper != "basic":
+            self._require_metric(jobs)
         metrics = [self.sweep.outcomes[job.number].metric for job in jobs]
         return [
             JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=metric)
@@ -48,6 +51,16 @@ class JobLauncher(Launcher):
             return self.sweep.job(number, overrides)
         except ConfigError as error:
             raise ConfigError([f"job {number} ({' '.join(overrides)}): {issue}" for issue in error.issues]) from error
+
+    def _require_metric(self, jobs: Sequence[Job]) -> None:
+        """A search that is not told how its trials did would go on to the end for nothing."""
+        for job in jobs:
+            outcome = self.sweep.outcomes[job.number]
+            if outcome.state == "done" and outcome.metric is None:
+                raise ConfigError(
+                    f"hydra/sweeper={self.sweeper}: job {job.number} has ended without a metric, for nothing was "
+                    "evaluated; set eval.every_steps, or sweep.metric to another key of metrics.jsonl, such as loss"
+                )
 
     @abstractmethod
     def run(self, jobs: Sequence[Job]) -> None:

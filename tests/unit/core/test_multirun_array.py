@@ -90,6 +90,7 @@ def sweep_of(tmp_path: Path, *seeds: int) -> tuple[Sweep, list[Job]]:
 
     sweep = Sweep("train", tmp_path / "sweep-1", make)
     jobs = [sweep.job(number, (f"seed={seed}",)) for number, seed in enumerate(seeds)]
+    sweep.recall()
     sweep.begin(jobs)
     return sweep, jobs
 

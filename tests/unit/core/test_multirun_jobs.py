@@ -23,6 +23,7 @@ from sftdist.core.sweep import FILE, Job, Sweep, SweepStopped
 from sftdist.core.sweep_processes import run_jobs
 from sftdist.core.sweep_share import deal, devices_here, threads
 from sftdist.core.words import word
+from sftdist.training.opening import refuse_other_config
 from tests.conftest import ROOT
 
 PROGRAM = (sys.executable, str(ROOT / "tests" / "swept.py"))
@@ -42,6 +43,7 @@ def sweep_of(folder: Path, cfg: TrainConfig, *doing: str) -> tuple[Sweep, list[J
 
     sweep = Sweep("train", folder / "sweep-1", make, ["+exp"], PROGRAM)
     jobs = [sweep.job(at, ("+exp=lora", f"seed={at}", f"run.note={word_}")) for at, word_ in enumerate(doing)]
+    sweep.recall()
     sweep.begin(jobs)
     return sweep, jobs
 
@@ -88,11 +90,30 @@ def test_a_failed_job_does_not_stop_the_rest(
     table = "\n".join(sweep.table())
     assert "eval/loss" in table.splitlines()[0]
     assert "1    seed=1 run.note=fail    failed  1     2                " in table
-    assert "+exp=lora" not in table, "what is the same in all jobs is not shown"
-    assert "job 1 failed with exit code 1: sftdist train seed=1 run.note=fail\n  the loss is nan in step 2" in table
-    assert "job 2 failed with exit code 3: sftdist train seed=2 run.note=mute\n  its message is above" in table
+    assert "+exp=lora" not in table.partition("job 1 failed")[0], "what is the same in all jobs is not shown"
+    assert "job 1 failed with exit code 1: sftdist train +exp=lora seed=1 run.note=fail\n  the loss is nan in step 2" in table
+    assert "job 2 failed with exit code 3: sftdist train +exp=lora seed=2 run.note=mute\n  its message is above" in table
     assert "job 3 failed" in table
     assert "ended without a word (training)" in table
+
+
+def test_a_job_trains_what_was_checked(tmp_path: Path, cfg: TrainConfig) -> None:
+    """A preset may be edited before a job starts: on a cluster that may be days later."""
+    _, (job,) = sweep_of(tmp_path, cfg, "fine")
+    edited = compose("lora", ["model.path=m", "data.train=x.jsonl", "seed=7"])
+    assert job.run_dir is not None
+    with pytest.raises(ConfigError, match="seed: was 0, now 7"):
+        refuse_other_config(edited, job.run_dir)
+    refuse_other_config(cfg, job.run_dir)
+
+
+def test_an_unreadable_run_is_one_jobs_fault(tmp_path: Path, cfg: TrainConfig) -> None:
+    (tmp_path / "run-0").mkdir()
+    (tmp_path / "run-0" / snapshot.FILE).write_text("config_version: 99")
+    (tmp_path / "run-0" / "status.json").write_text('{"state": "done", "code": 0, "step": 2, "start": "s", "reason": ""}')
+    sweep, jobs = sweep_of(tmp_path, cfg, "fail", "fine")
+    run_jobs(sweep, jobs, 1)
+    assert states(sweep) == [("failed", 1), ("done", 0)]
 
 
 def test_the_folder_tells_it_all(tmp_path: Path, cfg: TrainConfig) -> None:
@@ -229,7 +250,7 @@ def test_a_stop_ends_what_runs_and_starts_no_more(doing: str, tmp_path: Path, cf
         run_jobs(sweep, jobs, 2)
     assert time.monotonic() - began < 30
     assert states(sweep) == [("done", 0), ("preempted", 75), ("preempted", 75), ("waiting", None)]
-    assert not (tmp_path / "run-3").exists()
+    assert not (tmp_path / "run-3" / "started.json").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "as it was before"
 
 

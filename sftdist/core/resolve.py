@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -128,9 +128,50 @@ def _items(node: Any) -> list[tuple[Any, Any]]:
 def _value(place: _Place) -> Any:
     try:
         value = place.node[place.name]
+        if isinstance(value, str) and (empty := _empty(place)):
+            return _Unresolved(_without_value(place, empty))
         return OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
     except (OmegaConfBaseException, ValueError) as error:
         return _Unresolved(_reason(one_line(error)))
+
+
+def _empty(place: _Place) -> str | None:
+    """The first `${...}` between other text that stands for null, which OmegaConf writes as the word None."""
+    parts = _parts(place.text)
+    if parts == [place.text]:
+        return None
+    try:
+        for part in parts:
+            with suppress(OmegaConfBaseException):  # a brace in quotes, which `_parts` does not tell apart
+                place.node[place.name] = part
+                if place.node[place.name] is None:
+                    return part
+    finally:
+        place.node[place.name] = place.text
+    return None
+
+
+def _parts(text: str) -> list[str]:
+    """The outermost interpolations of a text."""
+    found: list[str] = []
+    start = depth = 0
+    for match in re.finditer(r"(\\*)(\$\{)|[{}]", text):
+        if match[2] and depth == 0:
+            depth, start = (0 if len(match[1]) % 2 else 1), match.start(2)
+        elif depth:
+            depth += -1 if match[0] == "}" else 1
+            found += [text[start : match.end()]] if depth == 0 else []
+    return found
+
+
+def _without_value(place: _Place, part: str) -> str:
+    """What is said of it; a name that nobody has given is made of the whole configuration."""
+    key = part[2:-1]
+    if not re.fullmatch(r"\w[\w.]*", key):  # a resolver, or a key of the same section
+        return f"{part} has no value; write the value itself"
+    default = (place.key, key) == ("run.dir", "run.name")
+    more = "leave run.dir out: it is then runs/<run.name>" if default else "write the value itself"
+    return f"{key} has no value yet; give {key}=..., or {more}"
 
 
 def _reason(message: str) -> str:

@@ -140,6 +140,13 @@ def test_files_are_looked_at_like_words(tmp_path: Path, where: str) -> None:
             "the environment variable NOT_SET_ANYWHERE is not set; set it, or give",
         ),
         ("run.note=${run.note}", "run.note: given ${run.note}: it refers to itself"),
+        (
+            "run.dir=out/${run.name}",
+            "run.name has no value yet; give run.name=..., or leave run.dir out: it is then runs",
+        ),
+        ("run.note=x${train.max_steps}y", "run.note: given x${train.max_steps}y: train.max_steps has no value yet"),
+        ("run.note='${seed} ${train.max_steps}'", "train.max_steps has no value yet; give train.max_steps=..."),
+        ("run.note=a${oc.env:NOT_SET_ANYWHERE,null}", "${oc.env:NOT_SET_ANYWHERE,null} has no value; write the value"),
         ("tracking.tags=['${nothing}']", "tracking.tags[0]: given ${nothing}"),
         ("data.sources.domain.path=${nothing}", "data.sources.domain.path: given ${nothing}"),
     ],
@@ -149,6 +156,21 @@ def test_what_cannot_be_resolved_is_named_with_all_other_issues(word: str, said:
     assert any(said in line for line in lines), lines
     assert "zero.stage: given 9, required 0, 1, 2 or 3" in lines
     assert "full_key" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "tracking.group=${run.name}",
+        r"run.note='\${run.name}'",
+        r"run.note='a \${run.name} ${seed}'",
+        "run.note='None ${seed}'",
+        "run.note='a { ${seed} } ${train.epochs}'",
+    ],
+)
+def test_null_alone_and_text_that_looks_like_it_stay(word: str) -> None:
+    assert issues_of(word) == []
+    assert compose("quickstart", [word]).run.name is not None
 
 
 def test_all_that_cannot_be_resolved_at_once() -> None:

@@ -38,9 +38,15 @@ _SLURM = {
     "SLURM_JOB_NODELIST": "names: {}",
     "SLURM_NODEID": "this is number {}",
     "SLURM_NTASKS": "tasks: {}",
+    "SLURM_NTASKS_PER_NODE": "tasks per node: {}",
     "SLURM_CPUS_ON_NODE": "cores here: {}",
     "SLURM_GPUS_ON_NODE": "GPUs here: {}",
 }
+_TASKS = (
+    "This job has several tasks per node, but sftdist wants one: sftdist train starts the processes of a node's GPUs "
+    "itself. Submit with --ntasks-per-node=1 (and --cpus-per-task for the cores), or start it once on each node:\n"
+    "    srun --ntasks-per-node=1 --ntasks=$SLURM_JOB_NUM_NODES ..."
+)
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -92,10 +98,20 @@ def _meaning(name: str) -> str:
 def _slurm(found: Surroundings) -> Finding:
     if "SLURM_JOB_ID" in found.variables:
         parts = [text.format(found.variables[name]) for name, text in _SLURM.items() if name in found.variables]
-        return ok("slurm", f"{', '.join(parts)}. A run without a name is named after the job")
+        text = f"{', '.join(parts)}. A run without a name is named after the job"
+        return note("slurm", text, _TASKS) if _several_tasks(found.variables) else ok("slurm", text)
     if found.sbatch:
         return ok("slurm", f"{found.sbatch} is here: jobs start with sbatch slurm/train.sbatch +exp=...")
     return ok("slurm", "not here, and not needed: it is the job scheduler of clusters")
+
+
+def _several_tasks(variables: Mapping[str, str]) -> bool:
+    """Whether srun would start more than one task on a node."""
+    nodes, tasks, on_each = (
+        int(value) if (value := variables.get(name, "1")).isdecimal() else 1
+        for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+    )
+    return tasks > nodes or on_each > 1
 
 
 def _hub(found: Surroundings) -> Finding:

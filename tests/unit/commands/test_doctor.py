@@ -411,3 +411,15 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("tasks", "on_each", "state"),
+    [("2", "1", State.ok), ("8", None, State.note), (None, "4", State.note), (None, "4(x2)", State.ok)],
+)
+def test_a_job_with_several_tasks_on_a_node(tasks: str | None, on_each: str | None, state: State) -> None:
+    given = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": tasks, "SLURM_NTASKS_PER_NODE": on_each}
+    variables = {"SLURM_JOB_ID": "7"} | {name: value for name, value in given.items() if value is not None}
+    found = one(surroundings.findings(Surroundings(variables)), "slurm")
+    assert found.state == state
+    assert ("--ntasks-per-node=1" in found.advice) == (state == State.note)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from sftdist.core.resolve import literal
 from sftdist.core.typed import ANY_NAME, PEERS_NAMES, nearest
 
 _KEY = re.compile(r"[+~]{0,2}\w[\w./@-]*")
@@ -18,6 +20,7 @@ DASHES = "-\N{EN DASH}\N{EM DASH}"
 _SEVERAL = ("anything", "a list", "a section")
 _OF_WORDS = ("text", *_SEVERAL)  # what a value with a space in it can be
 _OPENING = ("{", "[", "(")
+_QUOTED_KEY = r"""([{,]\s*)(["'])([^"':,{}]+)\2\s*:"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def unreadable(text: str, vocabulary: Vocabulary | None = None) -> str:
         known = vocabulary is not None and (near in vocabulary.groups or vocabulary.kind(near))
         meant = f"did you mean {near}?" if known else "required letters, digits, '_' and '.'"
         return f"{text}: given a key with characters that no key has; {meant}"
+    if value.startswith("{") and not (vocabulary and vocabulary.kind(key.lstrip("+")).startswith("text")):
+        return _mapping(key, value)
     bare = value.strip("(),")
     if value.endswith(",") and (found := _readable([f"{key}={bare}"])):
         return f"{key}: given a comma at the end; write {found}"
@@ -73,12 +78,18 @@ def unreadable(text: str, vocabulary: Vocabulary | None = None) -> str:
     return f"{key}: the value has characters that need quotes; write {quoted(key, value)}"
 
 
+def _mapping(key: str, value: str) -> str:
+    """The issue of a mapping that does not parse, most often JSON."""
+    bare = re.sub(_QUOTED_KEY, r"\1\3:", value)
+    what = "keys stand without quotes" if bare != value else "a mapping reads {key:value,key:value}"
+    found = _readable([f"{key}={bare}"], several=True)
+    return f"{key}: given {value}, which cannot be read; {what}{f': write {found}' if found else ''}"
+
+
 def quoted(key: str, value: str) -> str:
     """The word for a shell in which a value is one text, whatever characters it has."""
-    escaped = value.replace('"', '\\"')
-    if value.count("{") != value.count("}"):  # no interpolation then
-        escaped = escaped.replace("${", "\\${")
-    return for_a_shell(f'{key}="{escaped}"')
+    text = value if value.count("{") == value.count("}") else literal(value)  # no interpolation then
+    return for_a_shell(f"{key}={QuotedString(text, Quote.double).with_quotes()}")
 
 
 def for_a_shell(word: str) -> str:
@@ -164,12 +175,12 @@ def in_a_row(key: str, values: Sequence[str]) -> str:
     )
 
 
-def _readable(words: Iterable[str]) -> str | None:
-    """The first of these words that Hydra can read as one value, quoted for a shell."""
+def _readable(words: Iterable[str], *, several: bool = False) -> str | None:
+    """The first of these words that Hydra can read as one value, or as several, quoted for a shell."""
     parser = OverridesParser.create()
     for word in words:
         try:
-            if not parser.parse_override(word).is_sweep_override():
+            if not parser.parse_override(word).is_sweep_override() or several:
                 return for_a_shell(word)
         except HydraException:
             continue

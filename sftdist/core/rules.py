@@ -229,5 +229,8 @@ def _nodes(cfg: TrainConfig) -> Iterator[str]:
 
 def _run(cfg: TrainConfig) -> Iterator[str]:
     name = cfg.run.name
-    if name is not None and (not name or "/" in name or name.startswith(".")):
-        yield f"run.name: given {shown(name)}, required a name without '/' that does not begin with '.'"
+    if name is not None and (not name or name != name.strip() or "/" in name or name.startswith(".")):
+        yield (
+            f"run.name: given {shown(name)}, required a name without '/' and without spaces around it that does not "
+            "begin with '.'"
+        )

@@ -7,7 +7,7 @@ Hydra's own schema stops at the first fault, advises a `+` that turns a typo int
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from enum import StrEnum
@@ -20,6 +20,7 @@ T = TypeVar("T")
 ANY_NAME = "<name>"
 _SWITCHES = {**dict.fromkeys(("yes", "on", "y", "1"), "true"), **dict.fromkeys(("no", "off", "n", "0"), "false")}
 MISSING = "???"
+_LARGEST = {int: 2**63 - 1, float: sys.float_info.max}  # what a tensor can hold
 
 # What other trainers call it, by the last word of the key.
 PEERS_NAMES = {
@@ -194,9 +195,13 @@ def _convert(hint: Any, value: Any) -> Any:
         return hint(value) if value in list(hint) else None
     if hint is str and isinstance(value, str | int):
         return str(value)
-    if hint is int and isinstance(value, int | float) and float(value).is_integer():
+    if hint not in _LARGEST:
+        return None
+    if not isinstance(value, int | float) or not abs(value) <= _LARGEST[hint]:  # not: nan too
+        return None
+    if hint is int and (isinstance(value, int) or value.is_integer()):
         return int(value)
-    if hint is float and isinstance(value, int | float) and math.isfinite(value):
+    if hint is float:
         return float(value)
     return None
 
@@ -209,6 +214,8 @@ def _meant(hint: Any, value: Any, path: str) -> str:
         return f"; did you mean {_SWITCHES[str(value).lower()]}?"
     if get_origin(hint) is list and not isinstance(value, Mapping):
         return f"; write {path}=[{value}]"
+    if hint in _LARGEST and isinstance(value, int | float) and abs(value) > _LARGEST[hint]:
+        return f" of at most {_LARGEST[hint]:.3g}"
     return '; put it in quotes, "..."' if hint is str and isinstance(value, float) else ""
 
 

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from sftdist.core.advice import DASHES, Vocabulary, bare_words, in_a_row, option, several, unreadable
+from sftdist.core.resolve import literal
 from sftdist.core.typed import PEERS_NAMES
 
 
@@ -49,7 +50,7 @@ def read_words(overrides: Sequence[str], vocabulary: Vocabulary) -> Words:
             continue
         try:
             word = parser.parse_override(text)
-        except HydraException:
+        except (HydraException, ValueError):  # Python reads no number of more than 4300 digits
             fault = unreadable(text, vocabulary)
             words.refuse(None if bare else fault, _group_of(fault, text.partition("=")[0], vocabulary))
             continue
@@ -128,5 +129,4 @@ def _refuse_taken_apart(words: Words, vocabulary: Vocabulary) -> None:
 
 def word(key: str, value: str) -> str:
     """The word that sets `key` to exactly this text, whatever characters are in it."""
-    literal = value.replace("${", "\\${")  # else the start of an interpolation, in quotes too
-    return f"{key}={QuotedString(literal, Quote.single).with_quotes()}"
+    return f"{key}={QuotedString(literal(value), Quote.single).with_quotes()}"

@@ -65,6 +65,18 @@ ADVISED = [
     ("tracking.tags=a", "tracking.tags: given 'a', required a list", "tracking.tags=[a]"),
     ("optimizer.lr=1e-4,", "optimizer.lr: given a comma at the end", "optimizer.lr=1e-4"),
     ("'run.note=hello, world'", "run.note: given several values", "'run.note=\"hello, world\"'"),
+    # mappings as JSON or Python writes them
+    ('\'+data.mix={"domain":0.6,"general":0.3,"format":0.1}\'', "+data.mix: given {", f"'+data.mix={MIX}'"),
+    ("\"data.mix={'domain':0.6,'general':0.3,'format':0.1}\"", "data.mix: given {", f"'data.mix={MIX}'"),
+    ("\"+model.template_args={'a b':1}\"", "+model.template_args: given {", "'+model.template_args={a b:1}'"),
+    (
+        '\'model.template_args={"a": {"b" : "c, d"}}\'',
+        "model.template_args: given {",
+        "'model.template_args={a: {b: \"c, d\"}}'",
+    ),
+    ("'data.mix={domain:0.6'", "data.mix: given {domain:0.6, which cannot be read; a mapping reads", "{key:value"),
+    ("'run.note={\"a\":1}'", "run.note: the value has characters", '\'run.note="{\\"a\\":1}"\''),
+    (r"'run.note=a=b\'", "run.note: the value has characters", r"""'run.note="a=b\\"'"""),
     # groups, sections and keys
     ("data=my.jsonl", "data: given 'my.jsonl', required a section", "data.train=my.jsonl"),
     ("run=somewhere", "run: given 'somewhere', required a section", "run.dir=somewhere"),
@@ -139,7 +151,21 @@ def test_rules_about_a_value_that_was_left_out_are_not_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a b", "it's", 'say "x"', "a,b", "${x}", "{a}", "", "k=v", "\\", "~/x", "1e-4", "null"]
+    "text", [r"\${a}", r"\\${a", "a b", "it's", 'say "x"', "a,b", "${x}", "{a}", "", "k=v", "\\", "~/x", "1e-4", "null"]
 )
 def test_any_text_can_be_a_value(text: str) -> None:
     assert compose("quickstart", [word("run.note", text)]).run.note == text
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("key", ["seed", "optimizer.lr", "train.max_steps"])
+def test_a_number_that_no_machine_holds_is_an_issue(key: str, digits: int) -> None:
+    (issue,) = issues_of(["+exp=quickstart", f"{key}={'9' * digits}"])
+    assert issue.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize("name", [" ", " a", "a "])
+def test_a_name_with_spaces_around_it_is_refused(name: str) -> None:
+    (issue,) = issues_of(["+exp=quickstart", word("run.name", name)])
+    assert issue.startswith(f"run.name: given {name!r}, required a name")
+    assert issues_of(["+exp=quickstart", "run.name=a b"]) == []

@@ -68,7 +68,13 @@ def _dispatch(command: Command[T], argv: list[str]) -> int:
             print(command.help())
         return 0
     if "-m" in argv or "--multirun" in argv:
-        return _sweep(command, [word for word in argv if word not in ("-m", "--multirun")])
+        words = [word for word in argv if word not in ("-m", "--multirun")]
+        if _without_cfg(words)[1]:
+            raise ConfigError(
+                "--cfg job and -m do not go together, for each job of a sweep has a configuration of its own; to print "
+                "one job's, leave -m out and give every key one value"
+            )
+        return _sweep(command, words)
     overrides, show = _without_cfg(argv)
     cfg = _shared(command, overrides)
     if cfg is None:

@@ -42,6 +42,13 @@ _RUNS = "runs"
 _SWEEPER = ("hydra/sweeper", "hydra.sweeper.")
 _PARAMS = "hydra.sweeper.params"
 _LAUNCHER = ("hydra/launcher", "hydra.launcher.")
+_KINDS = {
+    "integer": "a whole number",
+    "float": "a number",
+    "boolean": "true or false",
+    "bool": "true or false",
+    "listconfig": "a list",
+}
 Load = Callable[[Sequence[str]], TrainConfig]
 
 
@@ -119,14 +126,54 @@ def _hydra_node(loader: _Loader, hydra_words: Sequence[str]) -> DictConfig:
     defaults = [f"hydra.sweep.dir={_RUNS}", *([] if chosen else ["hydra/launcher=torchrun"])]
     params = [item for item in hydra_words if _sets(item, (_PARAMS,))]
     others = [item for item in hydra_words if item not in params]
+    _refuse_unknown(loader, defaults, _parsed(others))
     config = loader.load_configuration(None, [*defaults, *others], RunMode.MULTIRUN)
     if params:
         config.hydra.sweeper.params = _sweeper_params(params)
-    launcher = config.hydra.runtime.choices["hydra/launcher"]
-    if launcher not in LAUNCHERS:
-        known = ", ".join(LAUNCHERS)
-        raise ConfigError(f"hydra/launcher: given {launcher}, required one that starts whole jobs: {known}")
     return config
+
+
+def _refuse_unknown(loader: _Loader, defaults: Sequence[str], given: Sequence[Override]) -> None:
+    """Raises ConfigError for a launcher, sweeper or key that there is not: Hydra would speak of its own insides."""
+    several = [
+        f"{item.key_or_group}: given several values, required one for the whole sweep"
+        for item in given
+        if item.is_sweep_override()
+    ]
+    if several:
+        raise ConfigError(several)
+    groups = [item for item in given if "/" in item.key_or_group]
+    issues = [issue for item in groups if (issue := _choice_issue(loader, item.key_or_group, item.value()))]
+    if issues:
+        raise ConfigError(issues)
+    values = [
+        item for item in given if item not in groups and (_sets(item.key_or_group, _LAUNCHER) or not item.is_add())
+    ]
+    if not values:
+        return
+    config = loader.load_configuration(None, [*defaults, *(str(item.input_line) for item in groups)], RunMode.MULTIRUN)
+    for item in values:
+        section, _, name = item.key_or_group.rpartition(".")
+        node = OmegaConf.select(config, section)
+        if not isinstance(node, DictConfig) or name not in node:
+            if not isinstance(node, DictConfig):
+                section = ".".join(section.split(".")[:2])
+                node = OmegaConf.select(config, section)
+            known = ", ".join(str(key) for key in node if key != "_target_")
+            issues.append(f"{item.key_or_group}: unknown key; the keys of {section} are {known}")
+    if issues:
+        raise ConfigError(issues)
+
+
+def _choice_issue(loader: _Loader, group: str, choice: Any) -> str | None:
+    if group == "hydra/launcher" and choice not in LAUNCHERS:
+        return f"{group}: given {choice}, required one that starts whole jobs: {', '.join(LAUNCHERS)}"
+    known = loader.get_group_options(group)
+    if group != "hydra/sweeper" or choice in known:
+        return None
+    if choice == "optuna":
+        return f"{group}: given optuna, which is not installed; install it: pip install 'sftdist[sweep]'"
+    return f"{group}: given {choice}, required one of {', '.join(known)}"
 
 
 def _sweeper_params(words: Sequence[str]) -> dict[str, str]:
@@ -281,4 +328,21 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"-m: {one_line(error)}") from error
+        raise ConfigError(_said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    """What Hydra says of its own node, in the user's words."""
+    message, cause = one_line(error), " ".join(str(error.__cause__).split())
+    if found := re.match(r"Error merging override (\S+?)=(.*)", message):
+        key, given = found.groups()
+        wanted = re.search(r"could not be converted to (\w+)|is not a (?:valid )?(\w+)", cause)
+        kind = _KINDS.get((wanted[1] or wanted[2]).lower()) if wanted else None
+        return f"{key.lstrip('+')}: given {given or 'nothing'}, required {kind or 'a value of another type'}"
+    if found := re.search(r"Could not find '(\S+)/(\S+)' Available options in '.+?': (.+?) Config search", message):
+        return f"{found[1]}: given {found[2]}, required one of {', '.join(found[3].split())}"
+    if found := re.match(r"Could not override '(hydra/sweeper/.+?)'\. No match", message):
+        return f"{found[1]}: this sweeper has none; add hydra/sweeper=optuna, or remove it"
+    if found := re.search(r"unexpected keyword argument '(\w+)'.* full_key: (\S+)", message):
+        return f"{found[2]}.{found[1]}: unknown key; remove it"
+    return f"-m: {message}"

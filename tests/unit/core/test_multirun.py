@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from sftdist.core import config
 from sftdist.core.errors import ConfigError
 from sftdist.core.multirun import multirun, split_words
+from sftdist.core.resolve import literal
 from sftdist.core.settings import DataConfig, TrainConfig
 from sftdist.core.sweep import FILE, sweep_name
 from sftdist.core.words import word
@@ -53,7 +55,7 @@ def test_any_text_reaches_a_job_as_it_is(text: str) -> None:
     parser = OverridesParser.create()
     read = parser.parse_override(word("run.note", text))
     (made,) = BasicSweeper.split_arguments([read], None)[0]
-    assert read.value() == parser.parse_override(made[0]).value() == text.replace("${", "\\${")
+    assert read.value() == parser.parse_override(made[0]).value() == literal(text)
 
 
 @pytest.mark.parametrize("text", ['a b, "c"', "it's", "back\\", "\\'", "${seed}", "x=1,2", "", "null", "1e-4", "{a:1}"])
@@ -109,6 +111,23 @@ def test_unreadable_words_are_all_named(capsys: pytest.CaptureFixture[str]) -> N
     assert "--wrong" in error
 
 
+def test_a_mixture_as_json_is_read_once_its_keys_have_no_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    json_like = '+data.mix={"domain":0.8,"general":0.1,"format":0.1},{"domain":0.6,"general":0.3,"format":0.1}'
+    error = refused(capsys, "+exp=quickstart", json_like)
+    assert "keys stand without quotes: write" in error
+    assert len(swept("+exp=quickstart", "run.note=fine", *shlex.split(error.partition(" write ")[2]))) == 2
+
+
+def test_one_jobs_configuration_is_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--cfg", "job"], ["--cfg=job"], ["-c", "job"]):
+        assert "--cfg job and -m do not go together" in refused(capsys, "+exp=quickstart", "seed=1,2", *option)
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_parallel_with_or_without_a_plus(plus: str) -> None:
+    assert split_words([f"{plus}parallel=2", "seed=1,2"]) == (["hydra.launcher.parallel=2"], ["seed=1,2"])
+
+
 def test_two_jobs_with_one_run_directory_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """What only `zero`, which names no run, tells apart would be trained twice in one place."""
     error = refused(capsys, "+exp=quickstart", "zero.stage=1,2")
@@ -121,10 +140,22 @@ def test_two_jobs_with_one_run_directory_are_refused(capsys: pytest.CaptureFixtu
     ("given_word", "said"),
     [
         ("hydra/launcher=basic", "hydra/launcher: given basic, required one that starts whole jobs: torchrun, slurm"),
-        ("hydra/launcher=torchrum", "torchrum"),
-        ("hydra/sweeper=optunah", "optunah"),
-        ("hydra.launcher.parallel=many", "many"),
-        ("hydra.launcher.paralel=2", "paralel"),
+        ("hydra/launcher=joblib", "hydra/launcher: given joblib, required one that starts whole jobs: torchrun, slurm"),
+        ("hydra/launcher=slurm,torchrun", "hydra/launcher: given several values, required one"),
+        ("hydra/sweeper=optunah", "hydra/sweeper: given optunah, required one of basic"),
+        ("hydra.launcher.parallel=many", "hydra.launcher.parallel: given many, required a whole number"),
+        ("parallel=two", "hydra.launcher.parallel: given two, required a whole number"),
+        ("+parallel=", "hydra.launcher.parallel: given nothing, required a whole number"),
+        ("parallel=1,2", "hydra.launcher.parallel: given several values, required one"),
+        ("hydra.launcher.paralel=2", "hydra.launcher.paralel: unknown key; the keys of hydra.launcher are parallel\n"),
+        ("+hydra.launcher.foo=1", "hydra.launcher.foo: unknown key; the keys of hydra.launcher are parallel\n"),
+        (
+            "hydra.launcher.parallel.a=1",
+            "hydra.launcher.parallel.a: unknown key; the keys of hydra.launcher are parallel",
+        ),
+        ("hydra.sweeper.foo=1", "hydra.sweeper.foo: unknown key; the keys of hydra.sweeper are max_batch_size, params"),
+        ("hydra/sweeper/sampler=tpe", "hydra/sweeper/sampler: this sweeper has none; add hydra/sweeper=optuna"),
+        ("+hydra.sweeper.foo=1", "hydra.sweeper.foo: unknown key"),
         ("parallel=0", "hydra.launcher.parallel: given 0, required at least 1"),
         ("hydra.run.dir=x", "hydra.run.dir: a sweep takes only"),
         ("hydra.sweep.subdir=x", "hydra.sweep.subdir: a sweep takes only"),
@@ -135,6 +166,22 @@ def test_words_that_no_sweep_can_follow(given_word: str, said: str, capsys: pyte
     words = ["-m", "+exp=quickstart", "seed=1,2", "launch.address=h:1", given_word]
     assert config.main(TrainConfig, print, "train", words, makes_runs=True) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_sweeper_that_is_not_installed_is_named_with_the_way_to_it() -> None:
+    """In a process that sees no plugin of Hydra's but our own."""
+    program = (
+        f"import sys, hydra_plugins; hydra_plugins.__path__ = [{str(ROOT / 'launch/hydra_plugins')!r}]\n"
+        "from sftdist.train import main\n"
+        "sys.exit(main())"
+    )
+    words = ["-m", "+exp=quickstart", "seed=1,2", "hydra/sweeper=optuna"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2
+    assert (
+        "hydra/sweeper: given optuna, which is not installed; install it: pip install 'sftdist[sweep]'" in ended.stderr
+    )
 
 
 def test_an_interval_is_for_a_sampler(capsys: pytest.CaptureFixture[str]) -> None:

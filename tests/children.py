@@ -61,7 +61,7 @@ def grace(folder: str) -> None:
 
 def configured() -> int:
     """A command without work: what `config.main` prints and returns."""
-    return config.main(TrainConfig, lambda cfg: print(f"rank {os.environ.get('RANK')} has {cfg.run.name}"), "children")
+    return config.main(TrainConfig, lambda cfg: print(f"rank {os.environ.get('RANK')} has {cfg.run.note}"), "children")
 
 
 def launched(folder: str, grace: str) -> int:

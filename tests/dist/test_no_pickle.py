@@ -46,6 +46,7 @@ OPENERS: dict[str, Callable[[Path], object]] = {
     ".jsonl": open_lines,
     ".jinja": open_template,
     ".yaml": lambda path: yaml.safe_load(path.read_text(encoding="utf-8")),
+    ".log": lambda path: path.read_text(encoding="utf-8"),
     "LATEST": open_latest,
 }
 

@@ -313,6 +313,9 @@ def test_a_job_without_sftdist_says_so(desk: Desk) -> None:
     nowhere = desk.submit("train.sbatch", SFTDIST_VENV="/nowhere")
     assert desk.cluster.end(nowhere) == ("FAILED", 2)
     assert "SFTDIST_VENV: given /nowhere, which is no virtual environment" in desk.cluster.log(nowhere)
-    none = desk.submit("train.sbatch", PATH="/usr/sbin:/usr/bin:/sbin:/bin")
+    elsewhere = desk.folder / "checkout"  # without a .venv
+    elsewhere.mkdir()
+    (elsewhere / "slurm").symlink_to(ROOT / "slurm")
+    none = desk.submit("train.sbatch", PATH="/usr/sbin:/usr/bin:/sbin:/bin", SFTDIST_ROOT=str(elsewhere))
     assert desk.cluster.end(none) == ("FAILED", 2)
     assert "finds no sftdist" in desk.cluster.log(none)

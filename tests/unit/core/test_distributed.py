@@ -209,9 +209,9 @@ def test_a_wrong_key_is_said_once_for_all_ranks() -> None:
 
 def test_all_ranks_get_the_configuration_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """`${now:...}` would differ between ranks that compose for themselves."""
-    done = _torchrun([], "configured", "+exp=quickstart", "run.note=${now:%f}", "run.name=run-${now:%f}")
+    done = _torchrun([], "configured", "+exp=quickstart", "run.note=note-${now:%f}")
     assert done.returncode == 0, done.stderr
-    names = re.findall(r"rank (\d) has run-(\d+)", done.stdout)
+    names = re.findall(r"rank (\d) has note-(\d+)", done.stdout)
     assert sorted(rank for rank, _ in names) == ["0", "1"]
     assert len({name for _, name in names}) == 1
 

@@ -91,8 +91,13 @@ def test_a_failed_job_does_not_stop_the_rest(
     assert "eval/loss" in table.splitlines()[0]
     assert "1    seed=1 run.note=fail    failed  1     2                " in table
     assert "+exp=lora" not in table.partition("job 1 failed")[0], "what is the same in all jobs is not shown"
-    assert "job 1 failed with exit code 1: sftdist train +exp=lora seed=1 run.note=fail\n  the loss is nan in step 2" in table
-    assert "job 2 failed with exit code 3: sftdist train +exp=lora seed=2 run.note=mute\n  its message is above" in table
+    assert (
+        "job 1 failed with exit code 1: sftdist train +exp=lora seed=1 run.note=fail\n  the loss is nan in step 2"
+        in table
+    )
+    assert (
+        "job 2 failed with exit code 3: sftdist train +exp=lora seed=2 run.note=mute\n  its message is above" in table
+    )
     assert "job 3 failed" in table
     assert "ended without a word (training)" in table
 
@@ -110,7 +115,9 @@ def test_a_job_trains_what_was_checked(tmp_path: Path, cfg: TrainConfig) -> None
 def test_an_unreadable_run_is_one_jobs_fault(tmp_path: Path, cfg: TrainConfig) -> None:
     (tmp_path / "run-0").mkdir()
     (tmp_path / "run-0" / snapshot.FILE).write_text("config_version: 99")
-    (tmp_path / "run-0" / "status.json").write_text('{"state": "done", "code": 0, "step": 2, "start": "s", "reason": ""}')
+    (tmp_path / "run-0" / "status.json").write_text(
+        '{"state": "done", "code": 0, "step": 2, "start": "s", "reason": ""}'
+    )
     sweep, jobs = sweep_of(tmp_path, cfg, "fail", "fine")
     run_jobs(sweep, jobs, 1)
     assert states(sweep) == [("failed", 1), ("done", 0)]

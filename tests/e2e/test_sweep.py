@@ -69,7 +69,8 @@ def test_a_failing_job_quotes_and_a_taken_port(place: Path, taken_port: int, mon
     assert (failed["state"], failed["code"]) == ("failed", 3)
     assert (trained["state"], trained["code"], trained["step"]) == ("done", 0, 2)
     assert "none.jsonl" in done.stderr
-    assert "job 0 failed with exit code 3: sftdist train data.train=none.jsonl" in done.stdout
+    assert "job 0 failed with exit code 3: sftdist train " in done.stdout
+    assert " data.train=none.jsonl " in done.stdout
     run_dir = place / trained["run_dir"]
     assert run_dir.name.startswith("full-")
     assert "4711" not in run_dir.name

@@ -53,10 +53,4 @@ done
 words+=("launch.nodes=$nodes" "launch.address=\"$address\"")
 [ -z "$rank" ] || words+=("launch.node_rank=$rank")
 
-here="$PWD"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=launch/venv.sh
-source launch/venv.sh
-use_venv
-cd "$here" # paths on the command line are the caller's
-exec sftdist train "${words[@]}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/local.sh" "${words[@]}"

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.e2e.jobs import Running, torchrun
-from tests.e2e.workshop import SMALL, environment, metrics, model_folder, sftdist, status, write_rows
+from tests.e2e.workshop import SMALL, environment, metrics, sftdist, status
 
 KEYS = (
     *("+exp=full", "model.path=model", "data.train=my.jsonl", *SMALL),
@@ -29,15 +29,6 @@ PROMISED = (
     *("-m", "hydra/launcher=torchrun", "+exp=quickstart", f"+data.mix={','.join(MIXES)}"),
     "optimizer.lr=1e-4,3e-4",
 )
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data."""
-    folder = tmp_path_factory.mktemp("sweeps")
-    model_folder(folder / "model")
-    write_rows(folder / "my.jsonl")
-    return folder
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
@@ -58,33 +49,33 @@ def taken_port() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def test_a_failing_job_quotes_and_a_taken_port(place: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_job_quotes_and_a_taken_port(home: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first job cannot find its data; the other one trains, with a note that every shell and parser would split."""
     monkeypatch.setenv("MASTER_PORT", str(taken_port))
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     words = ["train", "-m", *KEYS, "data.train=none.jsonl,my.jsonl", "run.note='a b, \"c\"'", "sweep.metric=loss"]
-    done = sftdist(words, place)
+    done = sftdist(words, home)
     assert done.returncode == 3, done.stdout + done.stderr
-    failed, trained = entries(place)
+    failed, trained = entries(home)
     assert (failed["state"], failed["code"]) == ("failed", 3)
     assert (trained["state"], trained["code"], trained["step"]) == ("done", 0, 2)
     assert "none.jsonl" in done.stderr
     assert "job 0 failed with exit code 3: sftdist train " in done.stdout
     assert " data.train=none.jsonl " in done.stdout
-    run_dir = place / trained["run_dir"]
+    run_dir = home / trained["run_dir"]
     assert run_dir.name.startswith("full-")
     assert "4711" not in run_dir.name
     assert trained["metric"] == metrics(run_dir, "loss")[-1][0]
     config = (run_dir / "config.yaml").read_text()
     assert 'note: a b, "c"\n' in config
-    assert f"group: {next(path.name for path in (place / 'runs').glob('sweep-*'))}\n" in config
-    assert {path.name for path in place.iterdir()} <= {"model", "my.jsonl", "runs", "stores"}, "no file of Hydra's own"
+    assert f"group: {next(path.name for path in (home / 'runs').glob('sweep-*'))}\n" in config
+    assert {path.name for path in home.iterdir()} <= {"model", "my.jsonl", "runs", "stores"}, "no file of Hydra's own"
 
 
-def test_a_sweep_inside_torchrun_is_refused_once(place: Path) -> None:
+def test_a_sweep_inside_torchrun_is_refused_once(home: Path) -> None:
     done = subprocess.run(
         [*torchrun(), "-m", "+exp=full", "seed=1,2", "run.note=a b"],
-        cwd=place,
+        cwd=home,
         capture_output=True,
         text=True,
         check=False,
@@ -93,7 +84,7 @@ def test_a_sweep_inside_torchrun_is_refused_once(place: Path) -> None:
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("sftdist train: error:")]
     assert len(said) == 1, done.stderr
     assert said[0].endswith("let each job start its own ranks: sftdist train -m +exp=full seed=1,2 'run.note=a b'")
-    assert not list(place.glob("**/*seed*"))
+    assert not list(home.glob("**/*seed*"))
 
 
 @pytest.mark.long
@@ -119,31 +110,31 @@ def _lines(folder: Path, word: str, files: str = "runs/*/config.yaml") -> list[s
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_stopped_and_started_again(place: Path) -> None:
+def test_stopped_and_started_again(home: Path) -> None:
     """A stop in the second of two jobs: it saves, goes on later, and what comes of it is what comes undisturbed."""
     longer = ("train.max_steps=40", "checkpoint.every_steps=10")
     words = [*SWEEP, *KEYS, *longer, "seed=11,12", "hydra.sweep.dir=stopped"]
-    with Running(words, place) as job:
-        job.until(lambda: len(runs_of(place / "stopped")) == 2)
-        second = max(runs_of(place / "stopped"), key=lambda path: (path / "metrics.jsonl").stat().st_ctime)
+    with Running(words, home) as job:
+        job.until(lambda: len(runs_of(home / "stopped")) == 2)
+        second = max(runs_of(home / "stopped"), key=lambda path: (path / "metrics.jsonl").stat().st_ctime)
         job.until_step(second, 3)
         job.tell(signal.SIGTERM)
         assert job.end() == 75, job.screen
         assert "the sweep was stopped" in job.screen
         assert not job.processes()
-    assert states(place / "stopped") == [("done", 0), ("preempted", 75)]
+    assert states(home / "stopped") == [("done", 0), ("preempted", 75)]
     step = status(second)["step"]
     assert 3 <= step < 40
-    with Running(words, place) as job:
+    with Running(words, home) as job:
         assert job.end() == 0, job.screen
         assert job.screen.count("finished before") == 1
         assert f"step {step + 1}/" in job.screen
         assert f"step {step}/" not in job.screen
-    assert states(place / "stopped") == [("done", 0)] * 2
-    undisturbed = sftdist(["train", *KEYS, *longer, "seed=12", "run.dir=alone"], place)
+    assert states(home / "stopped") == [("done", 0)] * 2
+    undisturbed = sftdist(["train", *KEYS, *longer, "seed=12", "run.dir=alone"], home)
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     names = ("step", "loss", "lr", "rows")
-    assert metrics(place / "alone", *names) == metrics(second, *names)
+    assert metrics(home / "alone", *names) == metrics(second, *names)
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -168,23 +159,23 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_optuna_reads_the_metric(place: Path) -> None:
+def test_optuna_reads_the_metric(home: Path) -> None:
     pytest.importorskip(
         "hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweep` (hydra-optuna-sweeper) is not there"
     )
     keys = [word for word in KEYS if not word.startswith("optimizer.lr=")]  # a fixed one would not be searched
     words = [*keys, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "parallel=2"]
     words += ["optimizer.lr=interval(1e-5,1e-2)", "sweep.metric=loss", "hydra.sweep.dir=optuna", "run.note='a b,c'"]
-    done = sftdist(["train", "-m", *words], place, timeout=600)
+    done = sftdist(["train", "-m", *words], home, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = entries(place / "optuna")
+    found = entries(home / "optuna")
     assert [entry["state"] for entry in found] == ["done"] * 3
-    (results,) = (place / "optuna").rglob("optimization_results.yaml")
+    (results,) = (home / "optuna").rglob("optimization_results.yaml")
     best = min(found, key=lambda entry: entry["metric"])
     rate = best["overrides"][0].partition("=")[2]
     assert f"best_params:\n  optimizer.lr: {rate}\nbest_value: {best['metric']}\n" in results.read_text()
     assert len({entry["run_dir"] for entry in found}) == 3
-    notes = {line.strip() for line in _lines(place, "note:", "optuna/*/config.yaml")}
+    notes = {line.strip() for line in _lines(home, "note:", "optuna/*/config.yaml")}
     assert notes == {"note: a b,c"}
 
 

@@ -51,10 +51,10 @@ def no_gpu() -> Facts:
         network=Network("laptop", ("127.0.1.1",), {"lo": ("127.0.0.1", "::1"), "wlan0": ("192.168.1.7",)}),
         collective=Collective({"gloo": 0.0041}),
         folders=Folders(
-            runs=Folder("/home/me/work/runs", "/home/me/work", 210 * GIB, 476 * GIB),
-            stores=Folder("/home/me/work/stores", "/home/me/work", 210 * GIB, 476 * GIB),
+            runs=Folder("/srv/team/runs", "/srv/team", 210 * GIB, 476 * GIB),
+            stores=Folder("/srv/team/stores", "/srv/team", 210 * GIB, 476 * GIB),
             shared_memory=_folder("/dev/shm", 7.7, 7.7),
-            hub_cache=_folder("/home/me/.cache/huggingface/hub", 210, 476),
+            hub_cache=_folder("/srv/team/.cache/huggingface/hub", 210, 476),
         ),
         host=Host(8, 8, int(15.4 * GIB), int(9.2 * GIB), None, 1024, 2**23, True),
         surroundings=Surroundings({}, offline=False),

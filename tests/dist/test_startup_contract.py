@@ -323,14 +323,15 @@ def test_each_check_fires_on_every_rank_and_says_what_to_change(home: Path) -> N
 
 
 def little_memory(rank: int, pipe: Any) -> None:
-    """A fault: rank 1 may take 64 MiB more when its memory check begins, and no byte beyond."""
+    """A fault: rank 1 may take 160 MiB more when its memory check begins, and no byte beyond: room for all that a
+    forward pass allocates but for one tensor, so that it is torch's allocator that is refused, not a thread's stack."""
     original = memory_probe.probe_figures
 
     def probe_figures(*given: Any) -> str:
         pipe.send(("probes", time.monotonic()))
         if rank == 1:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + 64 * 2**20
+            limit = pages * resource.getpagesize() + 160 * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return original(*given)
 
@@ -339,7 +340,7 @@ def little_memory(rank: int, pipe: Any) -> None:
 
 def test_a_rank_out_of_memory_ends_all_with_the_overrides_that_would_fit(home: Path) -> None:
     """Rank 0 is in the reduction of its gradients by then; nobody answers it."""
-    model_folder(home / "wide", "llama", hidden_size=256, intermediate_size=1024)
+    model_folder(home / "wide", "llama", hidden_size=64, intermediate_size=8192)
     keys = ["+exp=full", *KEYS, "model.path=wide", "data.max_len=1024", "train.pack_tokens=8192", "zero.stage=2"]
     keys = [key for key in keys if key not in ("model.path=model", "data.max_len=256", "run.dir=run")]
     with Job(2, [*keys, "precision=fp32", "run.dir=run-small"], home, little_memory) as job:

@@ -20,9 +20,10 @@ from sftdist.core.config import compose
 from sftdist.core.ledger import versions
 from sftdist.core.settings import RowShape
 from sftdist.core.storage import read_json, read_jsonl, write_json
+from sftdist.data.keys import prompt_key
 from sftdist.data.message import Message
 from sftdist.data.schema import Conversation, parse
-from sftdist.data.split import prompt_key, split_of
+from sftdist.data.split import split_of
 from sftdist.data.store import HOLDOUT
 from sftdist.evals.generate import Speaker
 from sftdist.evals.scores import fields_right, same_answer, same_text, valid_under

@@ -20,7 +20,7 @@ from rich.text import Text
 from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.errors import DataAbsentError
-from sftdist.core.settings import DataConfig, TrainConfig
+from sftdist.core.settings import PrepareConfig, TrainConfig
 from sftdist.core.storage import write_json
 from sftdist.data.build import at_most_every
 from sftdist.data.pipeline import PrepareRequest, prepare, survey
@@ -95,7 +95,7 @@ def command(cfg: TrainConfig) -> int:
 
 def main() -> int:
     """The command line: `sftdist prepare [+exp=NAME] [key=value ...]`."""
-    return config.main(DataConfig, command, "prepare")
+    return config.main(PrepareConfig, command, "prepare")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ DOORS = {
     "wandb": {"sftdist.training.wandb_sink"},
     "datasets": {"sftdist.data.sources"},
     "peft": {"sftdist.model.lora"},
-    "datasketch": {"sftdist.data.clean"},
+    "datasketch": {"sftdist.data.near"},
     "flash_attn": {"sftdist.model.backends.flash_attn"},
     "liger_kernel": {"sftdist.model.backends.liger"},
 }

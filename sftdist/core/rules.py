@@ -19,6 +19,7 @@ AT_LEAST = {
     "data.max_bad_rows": 0,
     "data.max_refused": 0,
     "data.workers": 0,
+    "data.near.shingle": 1,
     "model.vocabulary": 300,
     "model.loss_chunk": 1,
     "tune.r": 1,
@@ -51,12 +52,13 @@ ABOVE_ZERO = (
 FRACTIONS = {
     "data.val_fraction": False,
     "data.holdout_fraction": False,
+    "data.near.threshold": True,
     "tune.dropout": False,
     "optimizer.momentum": False,
     "optimizer.warmup_ratio": True,
     "optimizer.min_lr_ratio": True,
 }
-WORDS = {"output": ("terminal", "html", "jsonl")}
+WORDS = {"output": ("terminal", "html", "jsonl"), "lock": ("write", "extend")}
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -43,6 +43,26 @@ class Reasoning(StrEnum):
     drop = "drop"
 
 
+class OnFinding(StrEnum):
+    """What is done with train rows in which something was found: told, left out, or the data refused."""
+
+    report = "report"
+    drop = "drop"
+    error = "error"
+
+
+class NearDuplicates(StrEnum):
+    off = "off"
+    report = "report"
+    drop = "drop"
+
+
+class Leaks(StrEnum):
+    off = "off"
+    drop = "drop"
+    error = "error"
+
+
 class RowShape(StrEnum):
     auto = "auto"
     messages = "messages"
@@ -109,6 +129,33 @@ class RunSettings:
 
 
 @dataclass(kw_only=True)
+class NormaliseSettings:
+    """What is changed in a text before it is used; each rule is counted by its name."""
+
+    line_ends: bool = True  # \r\n and \r become \n
+    unicode_nfc: bool = True  # composed characters
+    trailing_blanks: bool = True  # blanks and tabs at the end of a line
+    template_trim: bool = True  # outer white space that the template would strip from a message
+
+
+@dataclass(kw_only=True)
+class NearSettings:
+    """Near duplicates, by the estimated Jaccard similarity of word shingles."""
+
+    duplicates: NearDuplicates = NearDuplicates.report  # among the train rows of a source
+    threshold: float = 0.8
+    shingle: int = 3  # words
+
+
+@dataclass(kw_only=True)
+class RequireSettings:
+    """The least number of train rows per tag and per label origin; fewer are refused."""
+
+    tags: dict[str, int] = field(default_factory=dict)
+    origins: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class SourceSettings:
     """One source of conversations. `path`: a file, glob, folder, list of those, or `hub:NAME`."""
 
@@ -121,6 +168,12 @@ class SourceSettings:
     hub_split: str = "train"
     hub_config: str | None = None
     hub_revision: str | None = None
+    contract: str | None = None  # a YAML file: what the answers of this source must fulfil
+    on_breach: OnFinding = OnFinding.error
+    schema_version: int | None = None  # of rows that name none; default: the newest
+    licence: str | None = None  # goes into the data manifest, as origin does
+    origin: str | None = None
+    label_origin: str | None = None  # human | synthetic:MODEL, of rows that name none
 
 
 @dataclass(kw_only=True)
@@ -141,7 +194,16 @@ class DataSettings:
     expand_turns: bool = False
     val_fraction: float = 0.02
     holdout_fraction: float = 0.02
-    deduplicate: bool = True
+    holdout_lock: str | None = None  # the committed file that says what is held out
+    leaks: Leaks | None = None  # train rows near held-out ones; default: drop, but error for a data.holdout of your own
+    decontaminate: Any = None  # a file or list of evaluation prompts that are kept out of training
+    normalise: NormaliseSettings = field(default_factory=NormaliseSettings)
+    deduplicate: bool = True  # exact duplicates, after normalising
+    near: NearSettings = field(default_factory=NearSettings)
+    contradictions: OnFinding = OnFinding.report  # one prompt, different answers
+    cut_off: OnFinding = OnFinding.report  # answers that break off
+    require: RequireSettings = field(default_factory=RequireSettings)
+    allow_unrendered: list[str] = field(default_factory=list)  # fields of a row that the template may leave out
     max_bad_rows: int = 0
     max_refused: int = 0
     store_dir: str = "stores"
@@ -285,6 +347,14 @@ class TrainConfig:
 @dataclass(kw_only=True)
 class DataConfig(TrainConfig):
     """The keys of train for a command that looks at the data alone: the step and the engine may be left out."""
+
+
+@dataclass(kw_only=True)
+class PrepareConfig(DataConfig):
+    """The keys of train, and what `prepare` adds."""
+
+    lock: str | None = None  # write | extend: the file data.holdout_lock
+    diff: str | None = None  # another data manifest, to compare the new one with
 
 
 @dataclass(kw_only=True)

@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.distributed import PARENT_VARIABLE, die_with_parent
-from sftdist.data.clean import content_key, normalise
+from sftdist.data.clean import normalise
+from sftdist.data.keys import content_key, prompt_key
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
 from sftdist.data.problems import Problem, bad_row, refused_row
 from sftdist.data.schema import Conversation
 from sftdist.data.sources import Chunk, Part, Source, parse_chunk, raw_text
-from sftdist.data.split import prompt_key, split_of
+from sftdist.data.split import split_of
 from sftdist.data.template import ChatTemplate
 
 AHEAD = 2  # chunks waiting per worker: enough to keep it busy, few enough to bound memory

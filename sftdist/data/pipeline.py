@@ -28,12 +28,13 @@ from sftdist.core.storage import (
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, normalise
 from sftdist.data.encode import Job, Workers
+from sftdist.data.keys import prompt_key
 from sftdist.data.mask import MaskOptions
 from sftdist.data.problems import Problems, write_problems
 from sftdist.data.report import Preparation, data_report
 from sftdist.data.schema import SCHEMA_VERSION, Conversation
 from sftdist.data.sources import Part, Source, chunks, conversations, fingerprint, parse_chunk, parts_of
-from sftdist.data.split import SPLIT_VERSION, prompt_key, split_of
+from sftdist.data.split import SPLIT_VERSION, split_of
 from sftdist.data.store import HOLDOUT, STORE_FORMAT, TRAIN, VALIDATION, TokenStore
 from sftdist.data.template import ChatTemplate
 from sftdist.data.vocabulary import VOCABULARY_VERSION, texts_of, train_tokenizer

@@ -6,21 +6,9 @@ data, so no answer to a held-out prompt is ever trained on.
 
 from __future__ import annotations
 
-from sftdist.data.clean import comparable, digest
-from sftdist.data.schema import Conversation
 from sftdist.data.store import HOLDOUT, TRAIN, VALIDATION
 
 SPLIT_VERSION = 1
-
-
-def prompt_key(conversation: Conversation) -> bytes:
-    """Digest of all messages before the first assistant turn; runs of white space count as one space."""
-    parts: list[str] = []
-    for message in conversation.messages:
-        if message.role == "assistant":
-            break
-        parts += (message.role, " ".join(comparable(message.content).split()))
-    return digest("\x00".join(parts))
 
 
 def split_of(prompt: bytes, *, validation: float, holdout: float) -> int:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from sftdist.data.clean import content_key, normalise
+from sftdist.data.clean import normalise
+from sftdist.data.keys import content_key
 from sftdist.data.schema import Conversation, Message
 
 ROW = Conversation("a", (Message("user", "caf\u00e9?"), Message("assistant", "yes", reasoning="r")))

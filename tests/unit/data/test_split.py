@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
+from sftdist.data.keys import prompt_key
 from sftdist.data.schema import Conversation, Message
-from sftdist.data.split import prompt_key, split_of
+from sftdist.data.split import split_of
 
 
 def row(prompt: str, answer: str = "a", system: str | None = None) -> Conversation:

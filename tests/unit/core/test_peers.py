@@ -146,7 +146,7 @@ CASES = {
     "leaves early": Case(leaves_early, lost=7),
     "the store dies": Case(needs_the_store, size=2, outside=kill_store),
     "the store is out of reach": Case(needs_the_store, size=2, lost=3, outside=freeze_store),
-    "is suspended": Case(is_suspended, size=2, lost=3, hang=9, outside=suspend_ranks),
+    "is suspended": Case(is_suspended, size=2, lost=5, hang=9, outside=suspend_ranks),
 }
 
 

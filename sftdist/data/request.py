@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from sftdist.core.processes import usable_cores
 from sftdist.core.settings import DataSettings, ModelSettings, SourceSettings
 from sftdist.data.mask import MaskOptions
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
+from sftdist.data.schema import SCHEMA_VERSION, is_label_origin
 from sftdist.data.sources import Source, in_memory
+from sftdist.data.versions import is_known
 
 SMALL_ROWS = 50_000  # what `train` prepares by itself
 
@@ -29,6 +31,8 @@ def request_of(
     if dataset is not None:
         sources: tuple[SourceRequest, ...] = (SourceRequest(in_memory(dataset, "train", "dataset"), _mask(data)),)
     else:
+        if issues := [issue for name, settings in data.sources.items() for issue in _label_issues(name, settings)]:
+            raise ConfigError(issues)
         sources = tuple(source_of(name, settings, data) for name, settings in data.sources.items())
     if not sources:
         raise ConfigError("data.train: given nothing, required a file, folder, glob, list or hub:NAME")
@@ -62,8 +66,19 @@ def source_of(name: str, settings: SourceSettings, data: DataSettings) -> Source
         hub_split=settings.hub_split,
         hub_config=settings.hub_config,
         hub_revision=settings.hub_revision,
+        schema_version=settings.schema_version,
+        label_origin=settings.label_origin,
     )
     return SourceRequest(source, _mask(data, settings))
+
+
+def _label_issues(name: str, settings: SourceSettings) -> Iterator[str]:
+    """What a source says about rows that say nothing themselves has to be what a row may say."""
+    version, origin = settings.schema_version, settings.label_origin
+    if version is not None and not is_known(version):
+        yield f"data.sources.{name}.schema_version: given {version}, required 1 to {SCHEMA_VERSION}"
+    if origin is not None and not is_label_origin(origin):
+        yield f"data.sources.{name}.label_origin: given {origin!r}, required human or synthetic:MODEL"
 
 
 def prepare_small(request: PrepareRequest, command: str, say: Callable[[str], None]) -> Prepared:
@@ -91,6 +106,7 @@ def _held_out(name: str, key: str, path: Any, data: DataSettings) -> SourceReque
         hub_split=settings.hub_split,
         hub_config=settings.hub_config,
         hub_revision=settings.hub_revision,
+        schema_version=settings.schema_version,
     )
     return SourceRequest(source, _mask(data, settings))
 

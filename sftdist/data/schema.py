@@ -12,10 +12,9 @@ from typing import Any
 
 from sftdist.core.settings import RowShape
 from sftdist.data.message import Message, RowError, encodable, fail, parse_message, parse_text, parse_tools, show
+from sftdist.data.versions import HUMAN, SCHEMA_VERSION, SYNTHETIC, of_today
 
-__all__ = ["SCHEMA_VERSION", "Conversation", "Message", "Reject", "parse"]
-
-SCHEMA_VERSION = 1
+__all__ = ["SCHEMA_VERSION", "Conversation", "Message", "Reject", "is_label_origin", "parse"]
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -44,12 +43,16 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A whole conversation and where it came from; `line` counts from 1 (rows of a table do too)."""
+    """A whole conversation and where it came from; `line` counts from 1 (rows of a table do too).
+
+    `label_origin`: who wrote the answers, `human` or `synthetic:MODEL`; None where nobody said.
+    """
 
     id: str
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     tags: tuple[str, ...] = ()
+    label_origin: str | None = None
     file: str = ""
     line: int = 0
 
@@ -70,17 +73,38 @@ class Reject:
         return f"{self.file}:{self.line}: {self.field}: given {self.given}, required {self.required}"
 
 
-def parse(row: object, shape: RowShape, *, file: str, line: int, id: str | None) -> Conversation | Reject:
-    """Turn a raw row into a conversation, or say what is wrong with it; `id` is used where the row has none."""
+def parse(
+    row: object,
+    shape: RowShape,
+    *,
+    file: str,
+    line: int,
+    id: str | None,
+    schema_version: int | None = None,
+    label_origin: str | None = None,
+) -> Conversation | Reject:
+    """Turn a raw row into a conversation, or say what is wrong with it.
+
+    `id`, `schema_version` (None: the newest) and `label_origin` are those of a row that names none.
+    """
     row_id = id if id is not None else f"{file}:{line}"
     try:
         if not isinstance(row, Mapping):
             fail("row", show(row), "a JSON object", "row is not an object")
         row_id = _row_id(row, row_id)
+        row = of_today(row, schema_version)
         messages = tuple(_MESSAGES_OF[_shape_of(row, shape)](row))
         messages = _with_system(row, messages)
         _check_order(messages)
-        return Conversation(row_id, messages, parse_tools(row.get("tools")), _tags(row), file, line)
+        return Conversation(
+            id=row_id,
+            messages=messages,
+            tools=parse_tools(row.get("tools")),
+            tags=_tags(row),
+            label_origin=_label_origin(row) or label_origin,
+            file=file,
+            line=line,
+        )
     except RowError as problem:
         return Reject(row_id, file, line, problem.field, problem.given, problem.required, problem.reason)
 
@@ -194,10 +218,30 @@ def _row_id(row: Mapping[str, Any], fallback: str) -> str:
 
 
 def _tags(row: Mapping[str, Any]) -> tuple[str, ...]:
-    value = row.get("tags") or ()
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(tag, str) for tag in value):
+    value = row.get("tags")
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        required = "a list of words (text with commas is schema_version 1: give the row or its source that)"
+        fail("tags", show(value), required, "tags are not a list")
+    if not isinstance(value, Sequence) or not all(isinstance(tag, str) and tag.strip() for tag in value):
         fail("tags", show(value), "a list of words", "tags are not a list")
-    return tuple(value)
+    return tuple(dict.fromkeys(encodable(tag, "tags").strip() for tag in value))
+
+
+def _label_origin(row: Mapping[str, Any]) -> str | None:
+    value = row.get("label_origin")
+    if value is None:
+        return None
+    if not isinstance(value, str) or not is_label_origin(value):
+        fail("label_origin", show(value), f"{HUMAN} | {SYNTHETIC}MODEL", "unknown label origin")
+    return encodable(value, "label_origin")
+
+
+def is_label_origin(text: str) -> bool:
+    """Whether a text is `human` or `synthetic:MODEL`."""
+    model = text.removeprefix(SYNTHETIC)
+    return text == HUMAN or (model != text and bool(model) and model == model.strip())
 
 
 def _with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:

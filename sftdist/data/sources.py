@@ -26,7 +26,7 @@ from sftdist.core.storage import sha256_file
 from sftdist.data.jsonline import decode_line
 from sftdist.data.message import RowError, show
 from sftdist.data.rowfunction import load_row_function, row_function_source
-from sftdist.data.schema import Conversation, Reject, parse
+from sftdist.data.schema import SCHEMA_VERSION, Conversation, Reject, parse
 
 CHUNK_ROWS = 512
 CHUNK_BYTES = 4_000_000
@@ -46,6 +46,8 @@ class Source:
     hub_split: str = "train"
     hub_config: str | None = None
     hub_revision: str | None = None
+    schema_version: int | None = None  # of rows that name none; None: the newest
+    label_origin: str | None = None  # of rows that name none
     rows: datasets.Dataset | Iterable[Mapping[str, Any]] | None = field(default=None, compare=False)
 
 
@@ -165,6 +167,7 @@ def fingerprint(source: Source, parts: list[Part]) -> dict[str, Any]:
     return {
         "input": [[part.name, _file_digest(part.file) if part.file else _table_digest(part)] for part in parts],
         "shape": str(source.shape),
+        "labels": [source.schema_version or SCHEMA_VERSION, source.label_origin],
         "row_function": row_function_source(source.row_function) if source.row_function else None,
     }
 
@@ -254,7 +257,15 @@ def parse_chunk(chunk: Chunk, source: Source, part: Part) -> Parsed:
         left_out += not rows
         for k, row in enumerate(rows):
             row_id = f"{part.name}:{line}" + (f".{k + 1}" if len(rows) > 1 else "")
-            result = parse(row, source.shape, file=part.name, line=line, id=row_id)
+            result = parse(
+                row,
+                source.shape,
+                file=part.name,
+                line=line,
+                id=row_id,
+                schema_version=source.schema_version,
+                label_origin=source.label_origin,
+            )
             if isinstance(result, Conversation):
                 found.conversations.append((result, raw))
             else:

@@ -73,10 +73,6 @@ def conversations(rows: int, seed: int) -> Iterator[dict[str, Any]]:
 def _words(generator: np.random.Generator) -> list[str]:
     begin = ["b", "br", "c", "d", "f", "g", "h", "l", "m", "n", "p", "pr", "qu", "r", "s", "st", "t", "tr", "v", "w"]
     middle, end = "aeiou", ["l", "m", "n", "r", "s", "t", "nd", "st"]
-        ["b", "br", "c", "d", "f", "g", "h", "l", "m", "n", "p", "pr", "qu", "r", "s", "st", "t", "tr", "v", "w"],
-        "aeiou",
-        ["l", "m", "n", "r", "s", "t", "nd", "st"],
-    )
     made: dict[str, None] = {}
     while len(made) < WORDS:
         syllables = int(generator.integers(1, 5))

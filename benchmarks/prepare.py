@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.machine import Result, command, load, shared_data
-from sftdist.data.encode import EncodedChunk, Job, Workers
+from sftdist.data.encode import Job, Samples, encode_chunk
 from sftdist.data.mask import MaskOptions
 from sftdist.data.pipeline import PrepareRequest, SourceRequest, prepare
 from sftdist.data.schema import Conversation
-from sftdist.data.sources import Source, chunks, conversations, parts_of
+from sftdist.data.shards import works
+from sftdist.data.sources import Source, chunks, conversations, parts_of, places
 from sftdist.data.template import ChatTemplate
 from sftdist.data.vocabulary import texts_of, train_tokenizer
+from sftdist.data.workers import Workers
 
 VOCABULARY = 8192
 # The built-in ChatML with the tags that transformers needs to find the assistant's tokens.
@@ -57,14 +59,19 @@ class Setting:
     table: datasets.Dataset
 
 
-def ours(setting: Setting, processes: int) -> Iterator[EncodedChunk]:
-    """Raw lines to ids and weights, in order, in this process."""
-    parts = tuple(parts_of(setting.source))
-    workers = Workers([Job(setting.source, parts, setting.template, MaskOptions())], processes)
-    try:
-        yield from workers.encode(0, chunks(list(parts)))
-    finally:
-        workers.close()
+def ours(setting: Setting, processes: int) -> int:
+    """Raw lines to ids and weights in shards on the disk, as prepare does it; how many rows."""
+    job, found = _job(setting), places(parts_of(setting.source))
+    workers = Workers([job], processes)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return sum(shard.read for shard in workers.make(works(0, found, Path(folder))))
+        finally:
+            workers.close()
+
+
+def _job(setting: Setting) -> Job:
+    return Job(setting.source, tuple(parts_of(setting.source)), setting.template, MaskOptions())
 
 
 def mapped(setting: Setting, processes: int, batched: bool) -> datasets.Dataset:
@@ -93,7 +100,8 @@ def rows_that_differ(setting: Setting) -> int:
     They do differ where an answer begins with a line feed: apply_chat_template joins it with the line feed of the
     prompt into one token, which the model would never see at inference.
     """
-    encoded = [row for chunk in ours(setting, 1) for row in _rows(chunk)]
+    job = _job(setting)
+    encoded = [row for chunk in chunks(job.parts) for row in _rows(encode_chunk(job, chunk).samples)]
     table = mapped(setting, 1, batched=True)
     pairs = zip(encoded, table["input_ids"], table["assistant_masks"], strict=True)
     differ = sum(
@@ -104,9 +112,9 @@ def rows_that_differ(setting: Setting) -> int:
     return differ
 
 
-def _rows(chunk: EncodedChunk) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-    cuts = np.cumsum(chunk.samples.lengths)[:-1]
-    return zip(np.split(chunk.samples.ids, cuts), np.split(chunk.samples.weights, cuts), strict=True)
+def _rows(samples: Samples) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    cuts = np.cumsum(samples.lengths)[:-1]
+    return zip(np.split(samples.ids, cuts), np.split(samples.weights, cuts), strict=True)
 
 
 def cost(work: Callable[[], object]) -> tuple[float, float]:
@@ -132,7 +140,7 @@ def whole_prepare(setting: Setting, processes: int) -> None:
 def measure(setting: Setting, processes: int, rounds: int) -> dict[str, Any]:
     rows = len(setting.table)
     works: dict[str, Callable[[], object]] = {
-        "ours": lambda: sum(chunk.read for chunk in ours(setting, processes)),
+        "ours": lambda: ours(setting, processes),
         "map, batched": lambda: mapped(setting, processes, batched=True),
         "map, row by row": lambda: mapped(setting, processes, batched=False),
         "ours, to the published store": lambda: whole_prepare(setting, processes),

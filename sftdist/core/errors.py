@@ -59,6 +59,10 @@ class DiskError(SftdistError):
     """A disk that is full, read-only or forbidden: for the user to mend, wherever in the program it is met."""
 
 
+class WorkerLostError(SftdistError):
+    """A process that this one had started is gone, and what it was doing with it."""
+
+
 class GateError(SftdistError):
     """The candidate did not pass the gate."""
 

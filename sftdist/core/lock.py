@@ -1,11 +1,14 @@
-"""One run at a time in a run directory."""
+"""One run at a time in a run directory, one process at a time at a piece of work."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -13,6 +16,7 @@ from typing import TextIO
 from sftdist.core.errors import StartupError
 
 _ADVICE = "One run at a time may write to a run directory: wait for it, stop it, or give another run.dir."
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
@@ -34,16 +38,11 @@ class RunLock:
         deadline = time.monotonic() + self._wait
         while not _try_lock(file):
             if time.monotonic() >= deadline:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
+                who = _signature(file)
                 file.close()
-                raise StartupError(
-                    f"{self.path.parent} is in use by {holder} (waited {self._wait:.0f} s). {self._advice}"
-                )
+                raise StartupError(f"{self.path.parent} is in use by {who} (waited {self._wait:.0f} s). {self._advice}")
             time.sleep(min(0.2, self._wait / 5 + 0.01))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        _sign(file)
         self._file = file
         return self
 
@@ -67,8 +66,61 @@ def holder(run_dir: Path) -> str | None:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            return file.read().strip() or "another process"
+            return _signature(file)
     return None
+
+
+@contextmanager
+def alone(path: Path, waiting: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the lock file `path`, whose folder is made; `waiting` is told who holds it, if one has to wait for that.
+
+    The holder may remove file and folder before it lets go: those that waited make new ones. Given up when the process
+    ends, however it ends. False where the file system has no locks: then nobody waits. Not for two threads.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the holder has removed the folder just now
+            continue
+        with file:
+            locked = _wait_for_lock(file, waiting)
+            if locked and not _is_still(path, file):
+                continue
+            if locked:
+                _sign(file)
+            yield locked
+            return
+
+
+def _wait_for_lock(file: TextIO, waiting: Callable[[str], None]) -> bool:
+    try:
+        if not _try_lock(file):
+            waiting(_signature(file))
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as problem:
+        if problem.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_still(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(file: TextIO) -> None:
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def _signature(file: TextIO) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"
 
 
 def _try_lock(file: TextIO) -> bool:

@@ -1,28 +1,19 @@
-"""From chunks of raw rows to token rows, in this process or in several, always in the order of the input.
+"""From chunks of raw rows to token rows: everything that can be said of a row without knowing the others.
 
-The workers parse, hash, render, prove and tokenise; whatever needs to know the other rows (duplicates,
-held-out prompts, counts) happens in one place afterwards, so the output does not depend on their number.
+What needs to know the other rows (duplicates, contradictions, counts) happens in one place afterwards, so the output
+does not depend on how many processes do this.
 """
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftdist.core.distributed import PARENT_VARIABLE, die_with_parent
 from sftdist.data.clean import normalise
-from sftdist.data.keys import content_key, prompt_key
+from sftdist.data.keys import DIGEST_BYTES, answer_key, content_key, prompt_key
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
 from sftdist.data.problems import Problem, bad_row, refused_row
 from sftdist.data.schema import Conversation
@@ -30,8 +21,7 @@ from sftdist.data.sources import Chunk, Part, Source, parse_chunk, raw_text
 from sftdist.data.split import split_of
 from sftdist.data.template import ChatTemplate
 
-AHEAD = 2  # chunks waiting per worker: enough to keep it busy, few enough to bound memory
-FEW_CHUNKS = 4  # an input of fewer chunks than this is done before a second process has started
+Label = tuple[tuple[str, ...], str | None]  # the tags of a conversation, and where its labels come from
 
 
 @dataclass(frozen=True)
@@ -59,23 +49,60 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedChunk:
-    """A chunk after the workers: one entry per conversation in `contents prompts lines split refused`."""
+class Columns:
+    """What deciding over all rows needs of each conversation; the digests are uint8 [n, DIGEST_BYTES]."""
 
-    part: int
+    contents: NDArray[np.uint8]
+    prompts: NDArray[np.uint8]
+    answers: NDArray[np.uint8]
+    split: NDArray[np.uint8]
+    refused: NDArray[np.bool_]
+
+    @classmethod
+    def joined(cls, several: Sequence[Columns]) -> Columns:
+        """End to end."""
+        digest = np.empty((0, DIGEST_BYTES), dtype=np.uint8)
+        return cls(
+            contents=np.concatenate([digest, *(one.contents for one in several)]),
+            prompts=np.concatenate([digest, *(one.prompts for one in several)]),
+            answers=np.concatenate([digest, *(one.answers for one in several)]),
+            split=np.concatenate([np.empty(0, dtype=np.uint8), *(one.split for one in several)]),
+            refused=np.concatenate([np.empty(0, dtype=bool), *(one.refused for one in several)]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Some chunks after the workers: one entry per conversation in `columns row_ids files lines labels`.
+
+    `files` int32 [n] are numbers of parts, `labels` uint32 [n] places in `label_names`; `problems` of refused rows are
+    by their place. `size` is that of the input in bytes, 0 where nobody knows.
+    """
+
     read: int
     left_out: int
+    size: int
     bad: list[Problem]
-    contents: list[bytes]
-    prompts: list[bytes]
-    lines: NDArray[np.int64]
-    split: NDArray[np.uint8]
     refused: dict[int, Problem]
+    columns: Columns
+    row_ids: list[str]
+    files: NDArray[np.int32]
+    lines: NDArray[np.int64]
+    labels: NDArray[np.uint32]
+    label_names: list[Label]
+    signatures: NDArray[np.uint16] | None
     samples: Samples
-    size: int = 0  # that of the chunk
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_ids)
+
+    def load(self) -> Shard:
+        """Itself: it is in memory already."""
+        return self
 
 
-def encode_chunk(job: Job, chunk: Chunk) -> EncodedChunk:
+def encode_chunk(job: Job, chunk: Chunk) -> Shard:
     """Parse, normalise, hash, render, prove and tokenise one chunk."""
     part = job.parts[chunk.part]
     parsed = parse_chunk(chunk, job.source, part)
@@ -86,19 +113,82 @@ def encode_chunk(job: Job, chunk: Chunk) -> EncodedChunk:
         i: refused_row(job.source.name, conversations[i], refusal, raw_text(parsed.conversations[i][1]))
         for i, refusal in refusals.items()
     }
-    return EncodedChunk(
-        part=chunk.part,
+    rows = len(conversations)
+    is_refused = np.zeros(rows, dtype=bool)
+    is_refused[list(refused)] = True
+    names, labels = _labels(conversations)
+    return Shard(
         read=parsed.read,
         left_out=parsed.left_out,
-        bad=[bad_row(job.source.name, rejected) for rejected in parsed.rejected],
-        contents=[content_key(conversation) for conversation in conversations],
-        prompts=prompts,
-        lines=np.array([conversation.line for conversation in conversations], dtype=np.int64),
-        split=np.array([_split(job, prompt) for prompt in prompts], dtype=np.uint8),
-        refused=refused,
-        samples=found,
         size=chunk.size,
+        bad=[bad_row(job.source.name, rejected) for rejected in parsed.rejected],
+        refused=refused,
+        columns=Columns(
+            contents=_digests(content_key(conversation) for conversation in conversations),
+            prompts=_digests(prompts),
+            answers=_digests(answer_key(conversation) for conversation in conversations),
+            split=np.array([_split(job, prompt) for prompt in prompts], dtype=np.uint8),
+            refused=is_refused,
+        ),
+        row_ids=[conversation.id for conversation in conversations],
+        files=np.full(rows, chunk.part, dtype=np.int32),
+        lines=np.array([conversation.line for conversation in conversations], dtype=np.int64),
+        labels=labels,
+        label_names=names,
+        signatures=None,
+        samples=found,
     )
+
+
+def joined(shards: Sequence[Shard]) -> Shard:
+    """Several chunks as one, in their order; at least one."""
+    starts = np.cumsum([0, *(len(shard.row_ids) for shard in shards)]).tolist()
+    names: dict[Label, int] = {}
+    labels = [renumbered(shard.labels, shard.label_names, names) for shard in shards]
+    samples = [shard.samples for shard in shards]
+    return Shard(
+        read=sum(shard.read for shard in shards),
+        left_out=sum(shard.left_out for shard in shards),
+        size=sum(shard.size for shard in shards),
+        bad=[problem for shard in shards for problem in shard.bad],
+        refused={
+            start + i: problem
+            for start, shard in zip(starts, shards, strict=False)
+            for i, problem in shard.refused.items()
+        },
+        columns=Columns.joined([shard.columns for shard in shards]),
+        row_ids=[name for shard in shards for name in shard.row_ids],
+        files=np.concatenate([shard.files for shard in shards]),
+        lines=np.concatenate([shard.lines for shard in shards]),
+        labels=np.concatenate(labels),
+        label_names=list(names),
+        signatures=None,
+        samples=Samples(
+            of=np.concatenate([start + one.of for start, one in zip(starts, samples, strict=False)]),
+            lengths=np.concatenate([one.lengths for one in samples]),
+            ids=np.concatenate([one.ids for one in samples]),
+            weights=np.concatenate([one.weights for one in samples]),
+            names=[name for one in samples for name in one.names],
+        ),
+    )
+
+
+def _labels(conversations: Sequence[Conversation]) -> tuple[list[Label], NDArray[np.uint32]]:
+    names: dict[Label, int] = {}
+    labels = [
+        names.setdefault((conversation.tags, conversation.label_origin), len(names)) for conversation in conversations
+    ]
+    return list(names), np.array(labels, dtype=np.uint32)
+
+
+def renumbered(labels: NDArray[np.uint32], names: Sequence[Label], among: dict[Label, int]) -> NDArray[np.uint32]:
+    """Labels of a shard as numbers in a longer list, which grows by what is new."""
+    numbers = [among.setdefault(name, len(among)) for name in names]
+    return np.array(numbers, dtype=np.uint32)[labels]
+
+
+def _digests(keys: Iterable[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def _split(job: Job, prompt: bytes) -> int:
@@ -132,78 +222,3 @@ def _columns(kept: list[tuple[int, Encoded]], names: list[str]) -> Samples:
         weights=np.concatenate([np.empty(0, np.float32), *(entry.weights for entry in entries)]),
         names=names,
     )
-
-
-# --- processes ----------------------------------------------------------------------------------------
-
-_jobs: Sequence[Job] = ()  # in a worker: the jobs of its pool, inherited by the fork and never pickled
-
-
-class Workers:
-    """Encodes the chunks of jobs; the processes are forked when the first large input needs them."""
-
-    def __init__(self, jobs: Sequence[Job], count: int) -> None:
-        self._jobs, self._count = jobs, count
-        self._pool: ProcessPoolExecutor | None = None
-
-    def encode(self, number: int, chunks: Iterable[Chunk]) -> Iterator[EncodedChunk]:
-        """The chunks of job `number`, encoded, in the order of the input."""
-        chunks = iter(chunks)
-        first = list(islice(chunks, FEW_CHUNKS))
-        if self._count == 1 or len(first) < FEW_CHUNKS:
-            yield from (encode_chunk(self._jobs[number], chunk) for chunk in chain(first, chunks))
-        else:
-            yield from self._in_order(number, chain(first, chunks))
-
-    def _in_order(self, number: int, chunks: Iterator[Chunk]) -> Iterator[EncodedChunk]:
-        pool = self._started()
-        waiting: deque[Future[EncodedChunk]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, number, chunk))
-            if len(waiting) >= self._count * (1 + AHEAD):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            # Fork: a worker needs the tokenizer and tables that are in memory here, at once.
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(self._count, context, initializer=_start_worker, initargs=(self._jobs,))
-            with _one_tokenizer_thread():
-                self._pool.submit(int).result()
-        return self._pool
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(jobs: Sequence[Job]) -> None:
-    global _jobs
-    gc.freeze()  # what was inherited is for ever: the collector need not walk it, nor unshare its pages
-    gc.set_threshold(100_000, 20, 20)
-    os.environ.pop(PARENT_VARIABLE, None)  # of the process that forked us, whose parent is another
-    die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which stops its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _jobs = jobs
-
-
-def _encode_in_worker(number: int, chunk: Chunk) -> EncodedChunk:
-    return encode_chunk(_jobs[number], chunk)
-
-
-@contextmanager
-def _one_tokenizer_thread() -> Iterator[None]:
-    """The Rust tokenizer warns at a fork unless this is set; the parent gets its threads back afterwards."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -1,7 +1,7 @@
 """The whole of prepare: sources in, one verified token store per source and a data report out.
 
-A store is found by its content key, the hash of everything that changes its bytes and of nothing else.
-Several processes may prepare the same thing at the same moment: each store is published whole, once.
+A store is found by its content key, the hash of everything that changes its bytes and of nothing else. One process at
+a time works on a store, in a folder of shards that outlives it: whoever comes after a killed one goes on from there.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError, DataAbsentError, DataError
+from sftdist.core.lock import alone
 from sftdist.core.storage import (
     publish_directory,
     read_json,
@@ -27,19 +28,35 @@ from sftdist.core.storage import (
 )
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, normalise
-from sftdist.data.encode import Job, Workers
+from sftdist.data.encode import Job, encode_chunk
 from sftdist.data.keys import prompt_key
 from sftdist.data.mask import MaskOptions
 from sftdist.data.problems import Problems, write_problems
 from sftdist.data.report import Preparation, data_report
-from sftdist.data.schema import SCHEMA_VERSION, Conversation
-from sftdist.data.sources import Part, Source, chunks, conversations, fingerprint, parse_chunk, parts_of
+from sftdist.data.schema import Conversation
+from sftdist.data.shards import Piece, works
+from sftdist.data.sources import (
+    Part,
+    Source,
+    chunks,
+    conversations,
+    fingerprint,
+    not_at_rest,
+    parse_chunk,
+    parts_of,
+    places,
+    read_chunk,
+)
 from sftdist.data.split import SPLIT_VERSION, split_of
 from sftdist.data.store import HOLDOUT, STORE_FORMAT, TRAIN, VALIDATION, TokenStore
 from sftdist.data.template import ChatTemplate
+from sftdist.data.versions import SCHEMA_VERSION
 from sftdist.data.vocabulary import VOCABULARY_VERSION, texts_of, train_tokenizer
+from sftdist.data.workers import Workers
 
 BAD_ROWS = "bad_rows.jsonl"
+LOCK = "lock"
+FEW_CHUNKS = 4  # an input of fewer chunks than this is done before a shard is written or a process started
 KEY_DIGITS = 16
 
 
@@ -102,6 +119,11 @@ class Task:
     @property
     def name(self) -> str:
         return self.job.source.name
+
+    @property
+    def work(self) -> Path:
+        """The folder of the shards that the store is made of, there only until it is."""
+        return self.path.with_name(f".{self.path.name}.work")
 
 
 def prepare(
@@ -246,30 +268,74 @@ def _have_store(
     say: Callable[[str], None],
     tick: Callable[[str], None],
 ) -> Preparation:
-    damaged = verify_directory(task.path) if task.path.is_dir() else []
-    if damaged:
-        say(f"{task.name}: the store is damaged and is written again ({damaged[0]})")
-        with suppress(FileNotFoundError):  # another process has found it, too
-            remove_path(task.path)
-    if task.path.is_dir():
+    if _is_whole(task, say=None):
         remove_abandoned(task.path)  # as large as a store, and nobody will write this one again
         return Preparation(TokenStore.open(task.path), reused=True, changed=[])
     changed = changed_ingredients(task.path, task.name, task.ingredients)
     if changed:
         say(f"{task.name}: tokenised again, for these have changed: {', '.join(changed)}")
-    forbidden = frozenset(prompt for other in task.forbidden for prompt in _prompts(other.source))
+    with alone(task.work / LOCK, lambda who: say(f"{task.name}: waiting for {who}, which prepares the same store")):
+        try:
+            if made := not _is_whole(task, say):
+                _make_store(request, task, number, workers, tick)
+        except OSError:
+            # Without locks others work on the same store, and have published it and tidied up before we were through.
+            if not _is_whole(task, say=None):
+                raise
+            made = False
+        _remove_work(task)
+    return Preparation(TokenStore.open(task.path), reused=not made, changed=changed)
+
+
+def _is_whole(task: Task, say: Callable[[str], None] | None) -> bool:
+    """Whether the store is there; a damaged one is taken away where it may be said, else left as it is."""
+    if not task.path.is_dir():
+        return False
+    damaged = verify_directory(task.path)
+    if damaged and say is not None:
+        say(f"{task.name}: the store is damaged and is written again ({damaged[0]})")
+        with suppress(FileNotFoundError):  # another process has found it, too
+            remove_path(task.path)
+    return not damaged
+
+
+def _make_store(
+    request: PrepareRequest, task: Task, number: int, workers: Workers, tick: Callable[[str], None]
+) -> None:
     stats = _input_stats(task.job.parts)
-    store = build_store(
+
+    def verify() -> None:
+        if _input_stats(task.job.parts) != stats:
+            _remove_work(task)
+            raise not_at_rest(task.job.parts)
+
+    build_store(
         task.path,
         task.job,
-        workers.encode(number, chunks(list(task.job.parts))),
+        _pieces(task, number, workers),
         deduplicate=request.deduplicate,
-        forbidden=forbidden,
+        forbidden=frozenset(prompt for other in task.forbidden for prompt in _prompts(other.source)),
         ingredients=task.ingredients,
         tick=tick,
-        verify=lambda: _unchanged(task.job.parts, stats),
+        verify=verify,
     )
-    return Preparation(store, reused=False, changed=changed)
+
+
+def _pieces(task: Task, number: int, workers: Workers) -> Iterator[Piece]:
+    """The encoded input, shard by shard: of a large one in files that outlive this process."""
+    found = places(task.job.parts)
+    first = list(islice(found, FEW_CHUNKS))
+    if len(first) < FEW_CHUNKS:
+        return (encode_chunk(task.job, read_chunk(place, task.job.parts)) for place in first)
+    for torn in task.work.glob("*.tmp"):
+        torn.unlink(missing_ok=True)
+    return workers.make(works(number, chain(first, found), task.work))
+
+
+def _remove_work(task: Task) -> None:
+    with suppress(FileNotFoundError):
+        remove_path(task.work)
+    remove_abandoned(task.work)
 
 
 def changed_ingredients(path: Path, name: str, ingredients: dict[str, Any]) -> list[str]:
@@ -290,12 +356,6 @@ def _prompts(source: Source) -> Iterator[bytes]:
 def _input_stats(parts: Iterable[Part]) -> list[tuple[int, int]]:
     stats = [part.file.stat() for part in parts if part.file is not None]
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-
-
-def _unchanged(parts: Sequence[Part], before: list[tuple[int, int]]) -> None:
-    if _input_stats(parts) != before:
-        files = ", ".join(part.shown for part in parts)
-        raise DataError(f"{files}: given a file that changed while it was read, required one that rests; run it again")
 
 
 # --- the trained vocabulary ---------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Where rows come from: JSONL, parquet, Hub datasets and objects in memory; all end as conversations.
 
 JSON lines are read as bytes and parsed one by one: no column has a type that a later row could break.
-Reading (`chunks`, one process) and parsing (`parse_chunk`, many) are apart, and memory does not grow
-with the size of a file. Names in chunks are relative to the files' common folder, so a store does not
-depend on where its input lay.
+Finding out where the chunks lie (`places`, one process) is apart from reading and parsing them (`read_chunk`,
+`parse_chunk`, many), and memory does not grow with the size of a file. Names in chunks are relative to the
+files' common folder, so a store does not depend on where its input lay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -69,6 +70,20 @@ class Chunk:
     rows: list[tuple[int, bytes | Mapping[str, Any]]]
     torn: bool = False  # the file ends without a line end after the last of these rows
     size: int = 0  # bytes of its file, about; 0 for rows of a table
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk of `count` raw rows lies: the bytes start..end of the part's file, of which the first is in line
+    `line`, with their CRC-32; a table has no bytes, its `rows` are here. The same input has the same places."""
+
+    part: int
+    count: int
+    line: int
+    start: int = 0
+    end: int = 0
+    crc: int = 0
+    rows: list[tuple[int, Mapping[str, Any]]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,31 +205,64 @@ def _table_digest(part: Part) -> str:
     return found.hexdigest()
 
 
-def chunks(parts: list[Part]) -> Iterator[Chunk]:
+def chunks(parts: Sequence[Part]) -> Iterator[Chunk]:
     """All rows of all parts in order; blank lines are skipped but count as lines."""
+    return (read_chunk(place, parts) for place in places(parts))
+
+
+def places(parts: Sequence[Part]) -> Iterator[Place]:
+    """Where the chunks of all parts lie, in order; of a file nothing is kept."""
     for number, part in enumerate(parts):
         if part.file is not None and part.file.suffix != ".parquet":
-            yield from _line_chunks(number, part.file)
+            yield from _line_places(number, part.file)
         else:
-            yield from _table_chunks(number, _parquet_rows(part) if part.file else part.table or ())
+            yield from _table_places(number, _parquet_rows(part) if part.file else part.table or ())
 
 
-def _line_chunks(part: int, file: Path) -> Iterator[Chunk]:
-    rows: list[tuple[int, bytes | Mapping[str, Any]]] = []
-    size, raw = 0, b"\n"
+def _line_places(part: int, file: Path) -> Iterator[Place]:
+    first, start, end, count, size, crc = 1, 0, 0, 0, 0, 0
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
-            line = raw.removeprefix(BOM) if number == 1 else raw
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
+            end += len(raw)
+            crc = zlib.crc32(raw, crc)
+            if raw.isspace() or not raw.removeprefix(BOM).strip():
                 continue
-            rows.append((number, line))
-            size += len(line)
-            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                yield Chunk(part, rows, torn=not raw.endswith(b"\n"), size=size + len(rows))
-                rows, size = [], 0
+            count += 1
+            size += len(raw)
+            if count >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield Place(part, count, first, start, end, crc)
+                first, start, count, size, crc = number + 1, end, 0, 0, 0
+    if count:
+        yield Place(part, count, first, start, end, crc)
+
+
+def _table_places(part: int, table: Iterable[Mapping[str, Any]]) -> Iterator[Place]:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    for number, row in enumerate(table, start=1):
+        rows.append((number, row))
+        if len(rows) >= CHUNK_ROWS:
+            yield Place(part, len(rows), rows[0][0], rows=rows)
+            rows = []
     if rows:
-        yield Chunk(part, rows, torn=not raw.endswith(b"\n"), size=size + len(rows))
+        yield Place(part, len(rows), rows[0][0], rows=rows)
+
+
+def read_chunk(place: Place, parts: Sequence[Part]) -> Chunk:
+    """The raw rows at a place. `DataError` where the file is not what it was when the place was found."""
+    file = parts[place.part].file
+    if place.rows is not None or file is None:
+        return Chunk(place.part, list(place.rows or ()))
+    with file.open("rb") as lines:
+        lines.seek(place.start)
+        data = lines.read(place.end - place.start)
+    if zlib.crc32(data) != place.crc:
+        raise not_at_rest(parts)
+    rows: list[tuple[int, bytes | Mapping[str, Any]]] = []
+    for number, raw in enumerate(data.split(b"\n"), start=place.line):
+        line = (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
+        if line.strip():
+            rows.append((number, line))
+    return Chunk(place.part, rows, torn=not data.endswith(b"\n"), size=len(data))
 
 
 def _parquet_rows(part: Part) -> Iterable[Mapping[str, Any]]:
@@ -226,15 +274,10 @@ def _parquet_rows(part: Part) -> Iterable[Mapping[str, Any]]:
         raise DataError(f"{part.shown}: given a file that is not parquet ({problem}), required parquet") from problem
 
 
-def _table_chunks(part: int, table: Iterable[Mapping[str, Any]]) -> Iterator[Chunk]:
-    rows: list[tuple[int, bytes | Mapping[str, Any]]] = []
-    for number, row in enumerate(table, start=1):
-        rows.append((number, row))
-        if len(rows) >= CHUNK_ROWS:
-            yield Chunk(part, rows)
-            rows = []
-    if rows:
-        yield Chunk(part, rows)
+def not_at_rest(parts: Iterable[Part]) -> DataError:
+    """What is said of files that do not rest."""
+    files = ", ".join(part.shown for part in parts)
+    return DataError(f"{files}: given a file that changed while it was read, required one that rests; run it again")
 
 
 # --- from raw rows to conversations -------------------------------------------------------------------

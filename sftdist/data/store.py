@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from sftdist.core.errors import DataError
 from sftdist.core.storage import publish_directory, read_json, write_json
+from sftdist.data.keys import DIGEST_BYTES
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 SPLITS = ("train", "validation", "holdout")
 TRAIN, VALIDATION, HOLDOUT = range(3)
 WEIGHT_CLASSES = 256  # one byte a token says which of these weights it has
@@ -35,20 +36,34 @@ COLUMNS: dict[str, str] = {
     "origin": "<i8",
     "row_ids": "<u1",
     "row_id_offsets": "<i8",
+    "contents": "|u1",
+    "prompts": "|u1",
+    "labels": "<u4",
 }
+LABELS = "labels.json"  # a list of {"tags", "label_origin"}, in which the column `labels` counts
+LABELS = "labels.json"  # a list of {"tags", "label_origin"}, in which the column `labels` counts
+SIGNATURES, SIGNATURE_TYPE = "signatures", "<u2"  # only in stores that look for near duplicates
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows in store order, column by column: `ids` int32 and `weights` float32 are all rows end to end."""
+    """Some rows in store order, column by column: `ids` int32 and `weights` float32 are all rows end to end.
+
+    `contents` and `prompts` uint8 [rows, DIGEST_BYTES] are the keys of the whole conversation and of its prompt,
+    `signatures` uint16 [rows, 2, permutations] those of near duplicates; `labels` are numbers of `labels.json`.
+    """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     lengths: NDArray[np.int32]
     split: NDArray[np.uint8]
-    files: NDArray[np.int64]
+    files: NDArray[np.integer[Any]]
     lines: NDArray[np.int64]
     row_ids: Sequence[str]
+    contents: NDArray[np.uint8]
+    prompts: NDArray[np.uint8]
+    labels: NDArray[np.uint32]
+    signatures: NDArray[np.uint16] | None = None
 
 
 @dataclass(slots=True)
@@ -72,7 +87,8 @@ class TokenStore:
     """An open store. `ids` and `weight_class` are [tokens], the others [rows]; class 0 is weight 0.
 
     `weight_values[weight_class[i]]` is the weight of token i as a target; `targets` is the sum of the
-    weights of a row; `split` is 0 train, 1 validation, 2 holdout; `manifest` is `store.json`.
+    weights of a row; `split` is 0 train, 1 validation, 2 holdout; `manifest` is `store.json`. `contents`, `prompts`,
+    `labels` and `signatures` are as in a `Block`; of the turns of one conversation, each a row, they are the same.
     """
 
     name: str
@@ -85,6 +101,10 @@ class TokenStore:
     lengths: NDArray[np.int32]
     targets: NDArray[np.float64]
     split: NDArray[np.uint8]
+    contents: NDArray[np.uint8]
+    prompts: NDArray[np.uint8]
+    labels: NDArray[np.uint32]
+    signatures: NDArray[np.uint16] | None
     _origin: NDArray[np.int64]
     _row_ids: NDArray[np.uint8]
     _row_id_offsets: NDArray[np.int64]
@@ -97,7 +117,12 @@ class TokenStore:
             required = f"format {STORE_FORMAT}; delete the folder and run prepare again"
             raise DataError(f"{path}: given a store of format {manifest['format']}, required {required}")
         rows, tokens = manifest["rows"], manifest["tokens"]
-        id_bytes = manifest["row_id_bytes"]
+        id_bytes, permutations = manifest["row_id_bytes"], manifest["permutations"]
+        digests = (rows, DIGEST_BYTES)
+        signatures = None
+        if permutations:
+            signatures = _map(path, SIGNATURES, SIGNATURE_TYPE, rows * 2 * permutations)
+            signatures = signatures.reshape(rows, 2, permutations)
         return cls(
             name=manifest["name"],
             path=path,
@@ -109,6 +134,10 @@ class TokenStore:
             lengths=_map(path, "lengths", COLUMNS["lengths"], rows),
             targets=_map(path, "targets", COLUMNS["targets"], rows),
             split=_map(path, "split", COLUMNS["split"], rows),
+            contents=_map(path, "contents", COLUMNS["contents"], rows * DIGEST_BYTES).reshape(digests),
+            prompts=_map(path, "prompts", COLUMNS["prompts"], rows * DIGEST_BYTES).reshape(digests),
+            labels=_map(path, "labels", COLUMNS["labels"], rows),
+            signatures=signatures,
             _origin=_map(path, "origin", COLUMNS["origin"], rows * 2).reshape(rows, 2),
             _row_ids=_map(path, "row_ids", COLUMNS["row_ids"], id_bytes),
             _row_id_offsets=_map(path, "row_id_offsets", COLUMNS["row_id_offsets"], rows + 1),
@@ -159,13 +188,42 @@ def write_store(
     return TokenStore.open(final)
 
 
+class Weights:
+    """One byte for each of the weights that there are, numbered as they come; 0 is weight 0, 1 is weight 1."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[float, int] = {0.0: 0, 1.0: 1}
+
+    @property
+    def values(self) -> list[float]:
+        return list(self._numbers)
+
+    def classes(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The number of each weight; `DataError` where there are too many."""
+        classes = (weights == 1).astype(np.uint8)
+        other = (weights != 0) & (weights != 1)
+        if other.any():
+            for value in np.unique(weights[other]):
+                classes[weights == value] = self._number(float(value))
+        return classes
+
+    def _number(self, weight: float) -> int:
+        number = self._numbers.setdefault(weight, len(self._numbers))
+        if number >= WEIGHT_CLASSES:
+            required = f"at most {WEIGHT_CLASSES} different weights in one source; round them"
+            raise DataError(f"messages[].weight: given more than {WEIGHT_CLASSES - 1} values, required {required}")
+        return number
+
+
 class StoreWriter:
     """Appends blocks to the column files of a folder; memory does not grow with the number of rows."""
 
     def __init__(self, folder: Path, ids_type: str) -> None:
         self.figures = StoreFigures()
         self._ids_type = ids_type
-        self._weights: dict[float, int] = {0.0: 0, 1.0: 1}
+        self._folder = folder
+        self._weights = Weights()
+        self._permutations = 0
         self._rows = self._tokens = self._id_bytes = 0
         self._files: dict[str, BinaryIO] = {c: (folder / f"{c}.bin").open("wb") for c in ("ids", *COLUMNS)}
         self._append("offsets", np.zeros(1))
@@ -189,7 +247,7 @@ class StoreWriter:
         targets = np.add.reduceat(block.weights.astype(np.float64), starts)
         id_lengths = np.array([len(text.encode()) for text in block.row_ids], dtype=np.int64)
         self._append("ids", block.ids)
-        self._append("weight_class", self._classes(block.weights))
+        self._append("weight_class", self._weights.classes(block.weights))
         self._append("offsets", self._tokens + ends)
         self._append("lengths", block.lengths)
         self._append("targets", targets)
@@ -197,6 +255,12 @@ class StoreWriter:
         self._append("origin", np.stack([block.files, block.lines], axis=1))
         self._files["row_ids"].write("".join(block.row_ids).encode())
         self._append("row_id_offsets", self._id_bytes + np.cumsum(id_lengths))
+        self._append("contents", block.contents)
+        self._append("prompts", block.prompts)
+        self._append("labels", block.labels)
+        if block.signatures is not None:
+            self._permutations = block.signatures.shape[2]
+            self._append(SIGNATURES, block.signatures)
         self._rows += len(block.lengths)
         self._tokens += int(ends[-1])
         self._id_bytes += int(id_lengths.sum())
@@ -208,7 +272,8 @@ class StoreWriter:
             "tokens": self._tokens,
             "row_id_bytes": self._id_bytes,
             "ids_dtype": self._ids_type,
-            "weight_values": list(self._weights),
+            "permutations": self._permutations,
+            "weight_values": self._weights.values,
             "largest_id": self.figures.largest_id,
             "splits": {
                 split: {
@@ -221,23 +286,10 @@ class StoreWriter:
         }
 
     def _append(self, column: str, values: NDArray[Any]) -> None:
-        kind = self._ids_type if column == "ids" else COLUMNS[column]
+        kind = self._ids_type if column == "ids" else SIGNATURE_TYPE if column == SIGNATURES else COLUMNS[column]
+        if column not in self._files:
+            self._files[column] = (self._folder / f"{column}.bin").open("wb")
         self._files[column].write(np.ascontiguousarray(values, dtype=kind).tobytes())
-
-    def _classes(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-        classes = (weights == 1).astype(np.uint8)
-        other = (weights != 0) & (weights != 1)
-        if other.any():
-            for value in np.unique(weights[other]):
-                classes[weights == value] = self._class_of(float(value))
-        return classes
-
-    def _class_of(self, weight: float) -> int:
-        number = self._weights.setdefault(weight, len(self._weights))
-        if number >= WEIGHT_CLASSES:
-            required = f"at most {WEIGHT_CLASSES} different weights in one source; round them"
-            raise DataError(f"messages[].weight: given more than {WEIGHT_CLASSES - 1} values, required {required}")
-        return number
 
     def _count(self, block: Block, starts: NDArray[np.int64], targets: NDArray[np.float64]) -> None:
         figures = self.figures

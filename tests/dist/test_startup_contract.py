@@ -105,8 +105,11 @@ def rewritten(parts: Parts, name: str, change: Change) -> Parts:
         for row in range(len(store)):
             ids, weights = store.tokens(row)
             change(ids, weights, row)
-            where, files = store.split[row : row + 1], np.zeros(1, dtype=np.int64)
-            yield Block(ids, weights, np.array([len(ids)]), where, files, files, store.row_ids([row]))
+            here, files = slice(row, row + 1), np.zeros(1, dtype=np.int64)
+            same = store.contents[here], store.prompts[here], store.labels[here]
+            yield Block(
+                ids, weights, np.array([len(ids)]), store.split[here], files, files, store.row_ids([row]), *same
+            )
 
     def describe(figures: Any) -> dict[str, Any]:
         return {**kept, "stop_share": figures.stop_share(kept["stop_ids"])}

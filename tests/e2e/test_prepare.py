@@ -105,18 +105,24 @@ def test_eight_simultaneous_starts_give_one_valid_store(tmp_path: Path, tokenize
     processes = [context.Process(target=prepare, args=(request,)) for _ in range(8)]
     for process in processes:
         process.start()
-    killed = processes[3].pid
-    assert killed is not None
-    wait_for(lambda: any(f"@{killed}@" in f.name for f in request.store_dir.glob(".train-*")))
-    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: working(tmp_path, processes) != [])
+    (victim,) = working(tmp_path, processes)
+    victim.kill()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0, -signal.SIGKILL, 0, 0, 0, 0]
+    expected = [-signal.SIGKILL if process is victim else 0 for process in processes]
+    assert [process.exitcode for process in processes] == expected
     stores = list(request.store_dir.glob("train-*"))
     assert len(stores) == 1
     assert verify_directory(stores[0]) == []
     assert prepare(request).report["sources"]["train"]["reused"]
     assert list(request.store_dir.glob(".*")) == [], "what the killed one left, which is as large as a store"
+
+
+def working(folder: Path, processes: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """The one that makes the store: the others wait for its lock."""
+    signed = "".join(file.read_text() for file in (folder / "stores").glob(".train-*.work/lock"))
+    return [process for process in processes if signed.startswith(f"process {process.pid} ")]
 
 
 def prepare_as_a_user_does(folder: Path) -> None:
@@ -127,20 +133,21 @@ def prepare_as_a_user_does(folder: Path) -> None:
     sys.exit(run_here(*own, "data.workers=1"))
 
 
-def writers(folder: Path, processes: Sequence[BaseProcess]) -> list[BaseProcess]:
-    """Those that are in the middle of writing a tokenizer or a store."""
+def busy(folder: Path, processes: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """Those that are in the middle of a tokenizer or a store."""
     names = [path.name for path in (folder / "stores").glob(".*.tmp")]
-    return [process for process in processes if any(f"@{process.pid}@" in name for name in names)]
+    writing = [process for process in processes if any(f"@{process.pid}@" in name for name in names)]
+    return writing or working(folder, processes)
 
 
 def test_eight_simultaneous_commands_of_which_one_is_killed(tmp_path: Path) -> None:
-    """Tokenizer, store and report: none has a lock that a killed process would keep."""
+    """Tokenizer, store and report: none has a lock that outlives a killed process."""
     write_rows(tmp_path / "x.jsonl", 1000)
     processes = [context.Process(target=prepare_as_a_user_does, args=(tmp_path,)) for _ in range(8)]
     for process in processes:
         process.start()
-    wait_for(lambda: writers(tmp_path, processes) != [])
-    victim = writers(tmp_path, processes)[0]
+    wait_for(lambda: busy(tmp_path, processes) != [])
+    victim = busy(tmp_path, processes)[0]
     victim.kill()
     for process in processes:
         process.join()

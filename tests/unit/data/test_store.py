@@ -10,10 +10,11 @@ import pytest
 
 from sftdist.core.errors import DataError
 from sftdist.core.storage import read_json, verify_directory, write_json
+from sftdist.data.keys import DIGEST_BYTES
 from sftdist.data.store import Block, StoreFigures, TokenStore, ids_dtype, write_store
 
 
-def block(rows: list[tuple[str, list[int], list[float], int]], line: int = 1) -> Block:
+def block(rows: list[tuple[str, list[int], list[float], int]], line: int = 1, near: bool = False) -> Block:
     return Block(
         ids=np.concatenate([np.array(ids, dtype=np.int32) for _, ids, _, _ in rows]),
         weights=np.concatenate([np.array(weights, dtype=np.float32) for _, _, weights, _ in rows]),
@@ -22,6 +23,12 @@ def block(rows: list[tuple[str, list[int], list[float], int]], line: int = 1) ->
         files=np.zeros(len(rows), dtype=np.int64),
         lines=np.arange(line, line + len(rows), dtype=np.int64),
         row_ids=[name for name, _, _, _ in rows],
+        contents=np.array([[(line + i) % 256] * DIGEST_BYTES for i in range(len(rows))], dtype=np.uint8),
+        prompts=np.array([[(100 + line + i) % 256] * DIGEST_BYTES for i in range(len(rows))], dtype=np.uint8),
+        labels=np.arange(line, line + len(rows), dtype=np.uint32),
+        signatures=np.full((len(rows), 2, 128), line + np.arange(len(rows))[:, None, None], dtype=np.uint16)
+        if near
+        else None,
     )
 
 
@@ -55,6 +62,17 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert store.offsets.tolist() == [0, 3, 7, 9, 14]
     assert store.lengths.tolist() == [3, 4, 2, 5]
     assert store.row_ids(np.array([3, 0])) == ["d", "a"]
+    assert store.contents.tolist() == [[row] * DIGEST_BYTES for row in (1, 2, 3, 4)]
+    assert store.prompts.tolist() == [[100 + row] * DIGEST_BYTES for row in (1, 2, 3, 4)]
+    assert store.labels.tolist() == [1, 2, 3, 4]
+    assert store.signatures is None
+
+
+def test_signatures_are_a_column_where_there_are_any(tmp_path: Path) -> None:
+    store = write(tmp_path / "s", [block(ROWS[:2], near=True), block(ROWS[2:], line=3, near=True)])
+    assert store.signatures is not None
+    assert (store.signatures.shape, store.signatures.dtype) == ((4, 2, 128), np.uint16)
+    assert store.signatures[:, 1, 5].tolist() == [1, 2, 3, 4]
 
 
 def test_figures_are_those_of_the_rows(tmp_path: Path) -> None:
@@ -110,7 +128,7 @@ def test_a_published_store_verifies_and_a_damaged_one_is_refused(tmp_path: Path)
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     store = write(tmp_path / "s", [block(ROWS)])
     write_json(store.path / "store.json", {**read_json(store.path / "store.json"), "format": 99})
-    with pytest.raises(DataError, match="given a store of format 99, required format 1"):
+    with pytest.raises(DataError, match="given a store of format 99, required format 2"):
         TokenStore.open(store.path)
 
 

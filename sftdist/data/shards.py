@@ -59,7 +59,7 @@ class Work:
     @property
     def header(self) -> dict[str, Any]:
         where = [[p.part, p.count, p.line, p.start, p.end, p.crc] for p in self.places]
-        return {"format": SHARD_FORMAT, "number": self.number, "places": where}
+        return {"format": SHARD_FORMAT, "store": self.file.parent.name, "number": self.number, "places": where}
 
 
 def works(job: int, places: Iterable[Place], folder: Path) -> Iterator[Work]:

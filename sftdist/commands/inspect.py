@@ -19,7 +19,7 @@ from sftdist.assets import quickstart
 from sftdist.commands.inspect_views import print_terminal, write_html
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
-from sftdist.data.clean import normalise
+from sftdist.data.clean import Rules, normalise
 from sftdist.data.explain import explain
 from sftdist.data.pipeline import SourceRequest, template_of
 from sftdist.data.request import request_of
@@ -58,7 +58,7 @@ def _lines(sources: Iterable[SourceRequest], template: ChatTemplate, limit: int 
         if isinstance(row, Reject):
             yield {"id": row.id, "text": "", "tokens": [], "supervised_text": [], "refused": str(row)}
         else:
-            yield from explain(template, normalise(row), options)
+            yield from explain(template, normalise(row, Rules())[0], options)
 
 
 def _counted(rows: Iterable[dict[str, Any]], result: InspectResult) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sftdist.data.clean import normalise
+from sftdist.data.clean import Rules, normalise
 from sftdist.data.keys import DIGEST_BYTES, answer_key, content_key, prompt_key
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
 from sftdist.data.problems import Problem, bad_row, refused_row
@@ -106,7 +106,7 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
     """Parse, normalise, hash, render, prove and tokenise one chunk."""
     part = job.parts[chunk.part]
     parsed = parse_chunk(chunk, job.source, part)
-    conversations = [normalise(conversation) for conversation, _ in parsed.conversations]
+    conversations = [normalise(conversation, Rules())[0] for conversation, _ in parsed.conversations]
     prompts = [prompt_key(conversation) for conversation in conversations]
     found, refusals = encode_conversations(job.template, conversations, job.mask)
     refused = {

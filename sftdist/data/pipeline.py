@@ -27,7 +27,7 @@ from sftdist.core.storage import (
     verify_directory,
 )
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
-from sftdist.data.clean import CLEAN_VERSION, normalise
+from sftdist.data.clean import CLEAN_VERSION, Rules, normalise
 from sftdist.data.encode import Job, encode_chunk
 from sftdist.data.keys import prompt_key
 from sftdist.data.mask import MaskOptions
@@ -350,7 +350,7 @@ def changed_ingredients(path: Path, name: str, ingredients: dict[str, Any]) -> l
 
 
 def _prompts(source: Source) -> Iterator[bytes]:
-    return (prompt_key(normalise(row)) for row in conversations(source) if isinstance(row, Conversation))
+    return (prompt_key(normalise(row, Rules())[0]) for row in conversations(source) if isinstance(row, Conversation))
 
 
 def _input_stats(parts: Iterable[Part]) -> list[tuple[int, int]]:
@@ -385,7 +385,7 @@ def _train_texts(request: PrepareRequest, source: Source, parts: dict[str, list[
     """The text of the train split alone: what is held out must not shape the tokenizer."""
     for chunk in chunks(parts[source.name]):
         for row, _ in parse_chunk(chunk, source, parts[source.name][chunk.part]).conversations:
-            row = normalise(row)
+            row, _ = normalise(row, Rules())
             validation, holdout = request.validation_fraction, request.holdout_fraction
             if split_of(prompt_key(row), validation=validation, holdout=holdout) == TRAIN:
                 yield from texts_of(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from sftdist.data.message import RowError
+from sftdist.data.rowerror import RowError
 
 
 def decode_line(raw: bytes, *, torn: bool) -> object:
@@ -28,6 +28,18 @@ def decode_line(raw: bytes, *, torn: bool) -> object:
         raise RowError("line", f"{where}{_hint(text)}", "one JSON object per line", "not JSON") from None
     except RecursionError:
         raise RowError("line", "JSON nested too deeply", "a row of messages", "nested too deeply") from None
+
+
+def decode_embedded(text: str, path: str) -> Any:
+    """The value of JSON that a row holds as text, as strictly; raises JSONDecodeError where it is none, else RowError
+    at `path`."""
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise RowError(path, "JSON nested too deeply", "what a template can render", "nested too deeply") from None
+    except RowError as problem:
+        where = path if problem.field == "line" else f"{path}.{problem.field}"
+        raise RowError(where, problem.given, problem.required, problem.reason) from None
 
 
 def _hint(text: str) -> str:

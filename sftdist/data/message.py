@@ -10,11 +10,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from sftdist.data.jsonline import decode_embedded
+from sftdist.data.rowerror import RowError, encodable, fail, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that hold content which the schema cannot carry: a row with one of them is refused, not stripped.
 UNSUPPORTED = ("function_call", "images", "image", "audio", "videos", "video", "refusal")
+MAX_DEPTH = 64  # of arguments and tools: deeper than any schema, and far from where Python gives up
+MAX_BITS = 3300  # of a whole number, some 1000 digits
+MAX_WEIGHT = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +35,6 @@ class Message:
     tool_call_id: str | None = None
     train: bool | None = None
     weight: float = 1.0
-
-
-class RowError(ValueError):
-    """A problem inside one row, before it is known which row that is."""
-
-    def __init__(self, field: str, given: str, required: str, reason: str) -> None:
-        super().__init__(f"{field}: given {given}, required {required}")
-        self.field, self.given, self.required, self.reason = field, given, required, reason
-
-
-def show(value: object, limit: int = 60) -> str:
-    """A value as it is quoted in a message: JSON where possible, cut to `limit` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def fail(field: str, given: str, required: str, reason: str) -> NoReturn:
-    raise RowError(field, given, required, reason)
 
 
 # --- one message ----------------------------------------------------------------------------------
@@ -103,16 +91,6 @@ def _part(part: object, path: str) -> str:
     fail(path, f"a part of type {show(kind)}" if kind else show(part), "a text part", "content part is not text")
 
 
-def encodable(text: str, path: str) -> str:
-    """JSON may hold half of a surrogate pair (`"\\ud800"`), which is no character and has no UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        given = f"half of a surrogate pair at character {problem.start}"
-        raise RowError(path, given, "Unicode text", "half of a surrogate pair") from None
-    return text
-
-
 def _optional_text(turn: Mapping[str, Any], key: str, path: str) -> str | None:
     value = turn.get(key)
     return None if value is None else parse_text(value, f"{path}.{key}")
@@ -142,8 +120,10 @@ def _train_flag(value: object, role: str, path: str) -> bool | None:
 def _weight(value: object, role: str, path: str) -> float:
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         fail(path, show(value), "a number of at least 0", "weight is not a number")
+    if value > MAX_WEIGHT:
+        fail(path, show(value), f"a number of at most {MAX_WEIGHT:,.0f}", "weight is too large")
     if role != "assistant" and value not in (0, 1):
         fail(path, f"{value} in a {role} turn", "weights in assistant turns only", "weight is misplaced")
     return float(value)
@@ -181,7 +161,7 @@ def _json_object(value: object, path: str) -> dict[str, Any]:
     parsed = value
     if isinstance(value, str):
         try:
-            parsed = json.loads(value) if value.strip() else {}
+            parsed = decode_embedded(value, path) if value.strip() else {}
         except json.JSONDecodeError as problem:
             given = f"{show(value)} ({problem.msg})"
             raise RowError(path, given, "a JSON object", "arguments are not a JSON object") from None
@@ -191,25 +171,33 @@ def _json_object(value: object, path: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _check_json(value: object, path: str) -> None:
-    """Arguments and tools are rendered as JSON: no NaN, no infinity, no broken text anywhere inside."""
+def _check_json(value: object, path: str, depth: int = 0) -> None:
+    """Arguments and tools are rendered as JSON: nothing that JSON has not, and no broken text anywhere inside."""
+    if depth > MAX_DEPTH:
+        fail(path, f"more than {MAX_DEPTH} levels", "fewer", "nested too deeply")
     if isinstance(value, str):
         encodable(value, path)
     elif isinstance(value, float) and not math.isfinite(value):
         fail(path, str(value), "a finite number", "number is not finite")
+    elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+        fail(path, f"a number of {value.bit_length()} bits", f"at most {MAX_BITS}", "number is too long")
     elif isinstance(value, Mapping):
         for key, item in value.items():
+            if not isinstance(key, str):
+                fail(path, f"the key {show(key)}", "keys that are text", "key is not text")
             _check_json(key, path)
-            _check_json(item, f"{path}.{key}")
-    elif isinstance(value, Sequence):
+            _check_json(item, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            _check_json(item, f"{path}[{i}]")
+            _check_json(item, f"{path}[{i}]", depth + 1)
+    elif value is not None and not isinstance(value, int | float):
+        fail(path, f"a {type(value).__name__}", "what JSON can hold", "value is not JSON")
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = decode_embedded(value, "tools")
         except json.JSONDecodeError as problem:
             given = f"{show(value)} ({problem.msg})"
             raise RowError("tools", given, "a list of tools", "tools are not a list") from None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftdist.core.settings import RowShape
-from sftdist.data.message import Message, RowError, encodable, fail, parse_message, parse_text, parse_tools, show
+from sftdist.data.message import Message, parse_message, parse_text, parse_tools
+from sftdist.data.rowerror import RowError, encodable, fail, show
 from sftdist.data.versions import HUMAN, SCHEMA_VERSION, SYNTHETIC, of_today
 
 __all__ = ["SCHEMA_VERSION", "Conversation", "Message", "Reject", "is_label_origin", "parse"]
@@ -185,7 +186,10 @@ def _side(row: Mapping[str, Any], key: str, role: str) -> list[Message]:
 
 def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
     messages: list[Message] = []
-    for i, pair in enumerate(row.get("history") or ()):
+    history = row.get("history") or ()
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        fail("history", show(history), "a list of [instruction, output]", "history is not a list of pairs")
+    for i, pair in enumerate(history):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             fail(f"history[{i}]", show(pair), "[instruction, output]", "history is not a list of pairs")
         messages.append(Message("user", parse_text(pair[0], f"history[{i}][0]")))

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from sftdist.core.errors import DataError
 from sftdist.core.settings import RowShape
 from sftdist.core.storage import sha256_file
 from sftdist.data.jsonline import decode_line
-from sftdist.data.message import RowError, show
+from sftdist.data.rowerror import RowError, show
 from sftdist.data.rowfunction import load_row_function, row_function_source
 from sftdist.data.schema import SCHEMA_VERSION, Conversation, Reject, parse
 
@@ -225,7 +226,7 @@ def _line_places(part: int, file: Path) -> Iterator[Place]:
         for number, raw in enumerate(lines, start=1):
             end += len(raw)
             crc = zlib.crc32(raw, crc)
-            if raw.isspace() or not raw.removeprefix(BOM).strip():
+            if raw.isspace() or (number == 1 and not raw.removeprefix(BOM).strip()):
                 continue
             count += 1
             size += len(raw)
@@ -332,7 +333,7 @@ def raw_text(raw: bytes | Mapping[str, Any]) -> str:
 
 
 def _rows_of(raw: bytes | Mapping[str, Any], torn: bool, function: Callable[[Any], Any] | None) -> list[Any]:
-    row = decode_line(raw, torn=torn) if isinstance(raw, bytes) else _without_nulls(raw)
+    row = decode_line(raw, torn=torn) if isinstance(raw, bytes) else _plain(raw, drop_nulls=True)
     if function is None:
         return [row]
     try:
@@ -342,13 +343,26 @@ def _rows_of(raw: bytes | Mapping[str, Any], torn: bool, function: Callable[[Any
         raise RowError("row", given, "a row that the row function accepts", "row function failed") from problem
     if rows is None:
         return []
-    return rows if isinstance(rows, list) else [rows]
+    return [_plain(row, drop_nulls=False) for row in (rows if isinstance(rows, list) else [rows])]
 
 
-def _without_nulls(value: Any) -> Any:
-    """Tables fill every key that any row has: an absent key comes back as null, inside tool schemas too."""
+def _plain(value: Any, *, drop_nulls: bool) -> Any:
+    """What JSON would hold: objects and lists, arrays of numpy (as pandas has them) too; other values stay as they are.
+
+    Tables fill every key that any row has: an absent key comes back as null, inside tool schemas too.
+    """
+    try:
+        return _as_json(value, drop_nulls)
+    except RecursionError:
+        raise RowError("row", "values nested too deeply", "a row of messages", "nested too deeply") from None
+
+
+def _as_json(value: Any, drop_nulls: bool) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        kept = ((key, item) for key, item in value.items() if item is not None or not drop_nulls)
+        return {key: _as_json(item, drop_nulls) for key, item in kept}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
+        return [_as_json(item, drop_nulls) for item in value]
     return value

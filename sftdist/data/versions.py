@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sftdist.data.message import fail, show
+from sftdist.data.rowerror import fail, show
 
 SCHEMA_VERSION = 2
 HUMAN = "human"

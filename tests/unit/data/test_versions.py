@@ -8,8 +8,8 @@ import pytest
 
 from sftdist.core.errors import ConfigError
 from sftdist.core.settings import DataSettings, ModelSettings, RowShape, SourceSettings
-from sftdist.data.message import RowError
 from sftdist.data.request import request_of
+from sftdist.data.rowerror import RowError
 from sftdist.data.schema import SCHEMA_VERSION, Conversation, parse
 from sftdist.data.sources import Source, fingerprint, in_memory, parts_of
 from sftdist.data.versions import MIGRATIONS, of_today

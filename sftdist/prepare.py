@@ -19,26 +19,32 @@ from rich.text import Text
 
 from sftdist.assets import quickstart
 from sftdist.core import config
-from sftdist.core.errors import DataAbsentError
+from sftdist.core.errors import ConfigError, DataAbsentError, DataError
 from sftdist.core.settings import PrepareConfig, TrainConfig
-from sftdist.core.storage import write_json
 from sftdist.data.build import at_most_every
-from sftdist.data.pipeline import PrepareRequest, prepare, survey
-from sftdist.data.report import show_report
+from sftdist.data.pipeline import Prepared, PrepareRequest, prepare, survey
+from sftdist.data.planned import corpus_of, plan_spec
+from sftdist.data.report_page import write_report
+from sftdist.data.report_terminal import show_report
+from sftdist.data.report_training import length_figures, plan_figures
+from sftdist.data.report_verdict import judged
 from sftdist.data.request import request_of as request_of_sections
 from sftdist.training.console import takes_bar
 
-REPORT = "report.json"
 REFRESH_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """Where the store of each source is, those of `data.val` and `data.holdout` too, and the data report."""
+    """Where the store of each source is, those of `data.val` and `data.holdout` too, and the data report.
+
+    `page`: the report as a page; its figures are in `report_file` beside it.
+    """
 
     stores: dict[str, Path]
     report: dict[str, Any]
     report_file: Path
+    page: Path
 
 
 def run(cfg: TrainConfig) -> PrepareResult:
@@ -49,12 +55,20 @@ def run(cfg: TrainConfig) -> PrepareResult:
     say = partial(console.print, markup=False, soft_wrap=True)
     with ticking(console) as tick:
         prepared = prepare(request, say, tick)
-    file = request.store_dir / REPORT
-    write_json(file, prepared.report)
-    show_report(prepared.report, console)
-    console.print(f"The whole report is in {file}", markup=False, soft_wrap=True)
+    report = judged({**prepared.report, "training": training_figures(cfg, prepared)})
+    page = write_report(report, request.store_dir)
+    show_report(report, page, console)
     stores = {name: store.path for name, store in {**prepared.stores, **prepared.held_out}.items()}
-    return PrepareResult(stores, prepared.report, file)
+    return PrepareResult(stores, report, page.with_suffix(".json"), page)
+
+
+def training_figures(cfg: TrainConfig, prepared: Prepared) -> dict[str, Any]:
+    """What the configured training would make of the stores; `not_computed` says why its plan cannot be made."""
+    lengths = length_figures(prepared.stores, cfg.data.max_len, cfg.data.overlong.value)
+    try:
+        return {**lengths, "plan": plan_figures(corpus_of(cfg, prepared), plan_spec(cfg))}
+    except (ConfigError, DataError) as problem:
+        return {**lengths, "not_computed": str(problem)}
 
 
 @contextmanager

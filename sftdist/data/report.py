@@ -1,4 +1,8 @@
-"""The data report: what came in, what left and why, what would be lost at which length, and rows to read."""
+"""The data report as figures: what came in, what left and why, how long rows are, and rows to read.
+
+`report_training` adds what the configured training makes of it, `report_verdict` what a person should look at first;
+`report_page` and `report_terminal` show it.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,21 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
+from numpy.typing import NDArray
 
-from sftdist.data.problems import Problems, rows
+from sftdist.data.fitting import BLOCK
+from sftdist.data.problems import Problems
 from sftdist.data.store import SPLITS, TRAIN, TokenStore
 from sftdist.data.template import ChatTemplate
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+# The last length of each bar of the histogram: four bars for each doubling, all of them whole numbers.
+EDGES = (1, 2, 3, *(quarter << power for power in range(21) for quarter in (4, 5, 6, 7)))
+QUANTILES = (0.5, 0.9, 0.99)
 SAMPLES = 10
-SHOWN_CHARACTERS = 1200
-STAGE_NAMES = {
-    "read": "read",
-    "left_out": "left out by the row function",
-    "bad": "bad (cannot be parsed)",
-    "duplicate": "exact duplicates",
-    "held_out": "prompt is in the validation or holdout file",
-    "refused": "refused (mask not proven)",
-    "kept": "kept",
-}
+# What a store says of itself beside its counts; each is shown where it is there.
+SECTIONS = ("rules", "found", "examples", "lint", "contract", "coverage")
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Preparation:
 
 
 def data_report(done: list[Preparation], problems: Problems, template: ChatTemplate) -> dict[str, Any]:
-    """The report as JSON; `show_report` prints it."""
+    """The report as JSON."""
     shares = [SAMPLES // len(done) + (i < SAMPLES % len(done)) for i in range(len(done))]
     samples = [sample for found, n in zip(done, shares, strict=True) for sample in _samples(found.store, template, n)]
     return {
@@ -57,7 +54,7 @@ def data_report(done: list[Preparation], problems: Problems, template: ChatTempl
 
 def _source(found: Preparation) -> dict[str, Any]:
     store = found.store
-    stages = {name: store.manifest["counts"][name] for name in STAGE_NAMES} | store.manifest["splits"]
+    stages = {**store.manifest["counts"], **store.manifest["splits"]}
     return {
         "store": str(store.path),
         "reused": found.reused,
@@ -65,8 +62,10 @@ def _source(found: Preparation) -> dict[str, Any]:
         "stages": {
             name: {**count, "share": _share(count["targets"], count["tokens"])} for name, count in stages.items()
         },
-        "lost_at_max_len": lost_at(store),
+        "lengths": lengths_of(store),
+        "lost_at_max_len": {str(length): lost_at(store, length) for length in LENGTHS},
         "longest": int(store.lengths.max(initial=0)),
+        **{section: store.manifest[section] for section in SECTIONS if store.manifest.get(section)},
     }
 
 
@@ -74,19 +73,42 @@ def _share(targets: float, tokens: int) -> float | None:
     return round(targets / tokens, 4) if tokens else None
 
 
-def lost_at(store: TokenStore) -> dict[str, dict[str, Any]]:
-    """Train rows longer than each length, their tokens and supervised weight: what `overlong=drop` would lose."""
-    train = store.split == TRAIN
-    lengths, targets = store.lengths[train], store.targets[train]
-    found = {}
-    for length in LENGTHS:
-        over = lengths > length
-        found[str(length)] = {
-            "rows": int(over.sum()),
-            "tokens": int(lengths[over].sum()),
-            "targets": float(targets[over].sum()),
-        }
-    return found
+def lengths_of(store: TokenStore) -> dict[str, Any]:
+    """The histogram of the train rows' lengths in tokens: `rows[i]` of them have `from[i]` to `to[i]` tokens.
+
+    `quantiles`: the length that so large a share of the train rows does not exceed.
+    """
+    counts = np.zeros(len(EDGES) + 1, np.int64)
+    for first in range(0, len(store), BLOCK):
+        lengths = store.lengths[first : first + BLOCK][store.split[first : first + BLOCK] == TRAIN]
+        counts += np.bincount(np.searchsorted(EDGES, lengths), minlength=len(counts))
+    used = np.flatnonzero(counts)
+    bars = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0)
+    ends = np.array([*EDGES, np.iinfo(np.int32).max])
+    starts = np.array([1, *(edge + 1 for edge in EDGES)])
+    return {
+        "from": starts[bars].tolist(),
+        "to": ends[bars].tolist(),
+        "rows": counts[bars].tolist(),
+        "quantiles": _quantiles(store.lengths[store.split == TRAIN]),
+    }
+
+
+def _quantiles(lengths: NDArray[np.int32]) -> dict[str, int]:
+    if not len(lengths):
+        return {}
+    found = np.quantile(lengths, QUANTILES, method="inverted_cdf")
+    return {str(share): int(length) for share, length in zip(QUANTILES, found, strict=True)}
+
+
+def lost_at(store: TokenStore, length: int) -> dict[str, Any]:
+    """Train rows longer than `length`, their tokens and supervised weight: what `overlong=drop` would lose."""
+    over = (store.split == TRAIN) & (store.lengths > length)
+    return {
+        "rows": int(over.sum()),
+        "tokens": int(store.lengths[over].sum(dtype=np.int64)),
+        "targets": float(store.targets[over].sum()),
+    }
 
 
 def _samples(store: TokenStore, template: ChatTemplate, count: int) -> list[dict[str, Any]]:
@@ -96,7 +118,7 @@ def _samples(store: TokenStore, template: ChatTemplate, count: int) -> list[dict
         {
             "source": store.name,
             "id": store.row_ids([int(row)])[0],
-            "split": SPLITS[int(store.split[row])],
+            "split": (*SPLITS, "leaked")[int(store.split[row])],
             "runs": decoded_runs(*store.tokens(int(row)), template),
         }
         for row in rows
@@ -110,53 +132,3 @@ def decoded_runs(ids: np.ndarray, weights: np.ndarray, template: ChatTemplate) -
         {"text": template.tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False), "weight": float(weights[a])}
         for a, b in pairwise(borders)
     ]
-
-
-def show_report(report: dict[str, Any], console: Console) -> None:
-    """Print the report for a person: stages, losses by length, problems, and the first sample of each source."""
-    for name, source in report["sources"].items():
-        console.print(_stage_table(name, source))
-    console.print(_length_table(report["sources"]))
-    for group in report["dropped"]:
-        console.print(f"{group['kind']}: {escape(group['reason'])}: {rows(group['rows'])}")
-    shown: set[str] = set()
-    for sample in report["conversations"]:
-        if sample["source"] not in shown:
-            shown.add(sample["source"])
-            console.print(_sample_text(sample))
-
-
-def _stage_table(name: str, source: dict[str, Any]) -> Table:
-    title = f"{name}: {source['store']}" + (" (up to date)" if source["reused"] else "")
-    table = Table("stage", title=title, title_justify="left")
-    for column in ("rows", "tokens", "supervised", "share"):
-        table.add_column(column, justify="right")
-    for stage, count in source["stages"].items():
-        if count["rows"] or stage in ("read", "train"):
-            cells = (
-                [f"{count['tokens']:,}", f"{count['targets']:,.0f}", f"{count['share']:.1%}"] if count["tokens"] else []
-            )
-            table.add_row(STAGE_NAMES.get(stage, f"  {stage}"), f"{count['rows']:,}", *cells)
-    return table
-
-
-def _length_table(sources: dict[str, Any]) -> Table:
-    table = Table(
-        "train rows longer than", title="lost at data.max_len (rows / tokens / supervised)", title_justify="left"
-    )
-    for name in sources:
-        table.add_column(name, justify="right")
-    for length in LENGTHS:
-        lost = [source["lost_at_max_len"][str(length)] for source in sources.values()]
-        table.add_row(f"{length:,}", *(f"{n['rows']:,} / {n['tokens']:,} / {n['targets']:,.0f}" for n in lost))
-    return table
-
-
-def _sample_text(sample: dict[str, Any]) -> Group:
-    text = Text()
-    for run in sample["runs"]:
-        marked = f"⟦{run['text']}⟧" if run["weight"] else run["text"]  # visible in a log without colours too
-        text.append(marked, style="bold green" if run["weight"] else "dim")
-    text.truncate(SHOWN_CHARACTERS, overflow="ellipsis")
-    head = Text(f"{sample['source']} {sample['id']} ({sample['split']}): ⟦this⟧ is trained", style="bold")
-    return Group(head, text)

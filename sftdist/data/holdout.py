@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from sftdist.core.errors import DataError
 from sftdist.core.storage import write_text
-from sftdist.data.rowset import RowSet, as_keys, first_places
+from sftdist.data.rowset import RowSet, as_keys, first_places, is_place, split_name
 from sftdist.data.store import HOLDOUT, SPLITS
 
 LOCK_FORMAT = 1
 EXAMPLES = 5
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_PLACE = re.compile(r":\d+(\.\d+)?(#\d+)?$")
 
 
 class Held(NamedTuple):
@@ -205,25 +204,21 @@ def _splits_of(data: Data, gone: Iterable[Entry]) -> dict[str, str]:
     found = {}
     for rows in data.rows:
         for place in np.flatnonzero(np.isin(as_keys(rows.contents), wanted)):
-            found[rows.contents[place].tobytes().hex()] = _split_name(int(rows.split[place]))
+            found[rows.contents[place].tobytes().hex()] = split_name(int(rows.split[place]))
     return found
 
 
 def _places_of_ids(data: Data, gone: Iterable[Entry]) -> dict[tuple[str, str], str]:
     """The split of the rows that have these ids now. An id that is a place (`file:line`) tells nothing: other rows move
     there when one is taken out."""
-    wanted = {(source, row.id) for source, row in gone if not _PLACE.search(row.id)}
+    wanted = {(source, row.id) for source, row in gone if not is_place(row.id)}
     found = {}
     for rows in data.rows:
         if any(source == rows.source for source, _ in wanted):
             for name, split in zip(rows.all_ids(), rows.split.tolist(), strict=True):
                 if (rows.source, name) in wanted:
-                    found[rows.source, name] = _split_name(split)
+                    found[rows.source, name] = split_name(split)
     return found
-
-
-def _split_name(split: int) -> str:
-    return SPLITS[split] if split < len(SPLITS) else "no split"
 
 
 def _by_content(rows: Mapping[str, Iterable[Held]]) -> dict[str, Entry]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sftdist.data.store import SPLITS
+
+_PLACE = re.compile(r":\d+(\.\d+)?(#\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -32,3 +37,13 @@ def as_keys(digests: NDArray[np.uint8]) -> NDArray[Any]:
 def first_places(digests: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The place of the first row of each content, in order; a conversation may stand in several rows."""
     return np.sort(np.unique(as_keys(digests), return_index=True)[1])
+
+
+def is_place(row_id: str) -> bool:
+    """Whether an id only says where the row stood (`file:line`): when one is taken out, others move there."""
+    return _PLACE.search(row_id) is not None
+
+
+def split_name(split: int) -> str:
+    """How a split is told; rows of a store may be in none."""
+    return SPLITS[split] if split < len(SPLITS) else "no split"

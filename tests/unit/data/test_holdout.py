@@ -9,34 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdist.core.errors import DataError
 from sftdist.data.holdout import Data, Held, Lock, compare, read_lock, settle
-from sftdist.data.keys import content_key, prompt_key
-from sftdist.data.rowset import RowSet
-from sftdist.data.schema import Conversation, Message
-from sftdist.data.split import SPLIT_VERSION, split_of
+from sftdist.data.split import SPLIT_VERSION
 from sftdist.data.store import HOLDOUT, TRAIN
+from tests.unit.data.rowsets import Row, row_set
 
-Row = tuple[str, str, str]  # id, prompt, answer
 Change = Callable[[list[Row]], list[Row]]
-
-
-def row_set(source: str, rows: list[Row], fraction: float, fixed: int | None = None) -> RowSet:
-    made = [Conversation(i, (Message("user", prompt), Message("assistant", answer))) for i, prompt, answer in rows]
-    prompts = [prompt_key(row) for row in made]
-    split = [split_of(p, validation=0.0, holdout=fraction) if fixed is None else fixed for p in prompts]
-    return RowSet(
-        source,
-        np.array([list(content_key(row)) for row in made], np.uint8).reshape(-1, 16),
-        np.array([list(p) for p in prompts], np.uint8).reshape(-1, 16),
-        np.array(split, np.uint8),
-        lambda places: [rows[place][0] for place in places],
-    )
 
 
 def data(fraction: float = 0.3, **sources: list[Row]) -> Data:

@@ -1,0 +1,118 @@
+"""The data manifest: what a set of stores was made of, in one file that can be kept, and compared with another one.
+
+It names its stores and holds their figures, no rows; what is compared row by row are the digests in the stores
+themselves, as long as they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sftdist.core.errors import DataError
+from sftdist.core.storage import read_json
+from sftdist.data.rowset import RowSet
+from sftdist.data.store import SPLITS, TokenStore
+from sftdist.data.versions import SCHEMA_VERSION
+
+MANIFEST_FORMAT = 1
+MANIFEST = "data-manifest.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the config says of a source and no row does."""
+
+    licence: str | None = None
+    origin: str | None = None
+
+
+def data_manifest(
+    stores: Iterable[TokenStore], provenance: Mapping[str, Provenance], holdout: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the stores were made of, and their figures; the same for the same data, wherever it lies.
+
+    `holdout`: how many rows are held out, and the lock that they were held to.
+    """
+    return {
+        "format": MANIFEST_FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "holdout": dict(holdout),
+        "sources": {store.name: _source(store, provenance.get(store.name, Provenance())) for store in stores},
+    }
+
+
+def _source(store: TokenStore, provenance: Provenance) -> dict[str, Any]:
+    return {
+        "store": store.path.name,
+        "key": store.manifest["key"],
+        "licence": provenance.licence,
+        "origin": provenance.origin,
+        "splits": splits_of(store),
+        "stages": store.manifest["counts"],
+        "coverage": store.manifest.get("coverage", {}),
+        "made_of": store.manifest["ingredients"],
+    }
+
+
+def splits_of(store: TokenStore) -> dict[str, dict[str, Any]]:
+    """Rows, tokens and supervised weight of each split, as training sees them."""
+    found = {}
+    for number, name in enumerate(SPLITS):
+        here = store.split == number
+        found[name] = {
+            "rows": int(here.sum()),
+            "tokens": int(store.lengths[here].sum(dtype=np.int64)),
+            "targets": float(store.targets[here].sum()),
+        }
+    return found
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises DataError where the file is absent, is no data manifest, or is one of a newer format."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as problem:
+        required = f"a {MANIFEST} that prepare wrote"
+        raise DataError(f"diff={path}: given a file that cannot be read ({problem}), required {required}") from None
+    written = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(written, int) or not isinstance(found.get("sources"), dict):
+        raise DataError(f"diff={path}: given a file that is no data manifest, required a {MANIFEST}")
+    if written > MANIFEST_FORMAT:
+        required = f"format {MANIFEST_FORMAT} or earlier; use a newer sftdist"
+        raise DataError(f"diff={path}: given a manifest of format {written}, required {required}")
+    return dict(found)
+
+
+# --- the rows behind a manifest -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of the sources of a manifest whose stores were found; `gone`: why not, for each of the others."""
+
+    found: dict[str, RowSet] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+
+
+def rows_of(store: TokenStore) -> RowSet:
+    return RowSet(store.name, store.contents, store.prompts, store.split, store.row_ids)
+
+
+def rows_behind(manifest: Mapping[str, Any], folders: Sequence[Path]) -> Rows:
+    """Open the stores of a manifest: their names hold the key of their content, so wherever one is, it is the same."""
+    rows = Rows()
+    for name, entry in manifest["sources"].items():
+        paths = [path for folder in folders if (path := folder / entry["store"]).is_dir()]
+        if not paths:
+            rows.gone[name] = f"its store {entry['store']} is not in {' or '.join(map(str, dict.fromkeys(folders)))}"
+            continue
+        try:
+            rows.found[name] = rows_of(TokenStore.open(paths[0]))
+        except DataError as problem:  # of an earlier format
+            rows.gone[name] = str(problem)
+    return rows

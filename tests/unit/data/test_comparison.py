@@ -48,10 +48,13 @@ def test_another_text_under_the_same_id_has_changed() -> None:
 
 
 def test_another_row_in_the_same_place_has_not() -> None:
-    then = [(f"x.jsonl:{n}", p, a) for n, (_, p, a) in enumerate(ROWS)]
+    then = [(f"x.jsonl:{n}", p, a) for n, (_, p, a) in enumerate(ROWS[:-1])]
     now = [(f"x.jsonl:{n}", p, a) for n, (_, p, a) in enumerate(ROWS[1:])]
     found = changes(then, now)
-    assert (found.dropped.rows, found.added.rows, found.changed.rows) == (1, 0, 0)
+    assert (found.dropped.rows, found.added.rows, found.changed.rows) == (1, 1, 0)
+    at_the_end = [*then[:-1], (then[-1][0], "a new question", "x")]
+    found = changes(then, at_the_end)
+    assert (found.dropped.rows, found.added.rows, found.changed.rows) == (1, 1, 0)
 
 
 def test_rows_in_another_split() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sftdist.data.near import (
     EMPTY,
     PERMUTATIONS,
     Near,
+    Rows,
     common_shingles,
     near_of,
     near_twins,
@@ -254,7 +256,7 @@ def test_only_the_rows_asked_for_are_compared() -> None:
 
 # --- templates ------------------------------------------------------------------------------------------
 
-TEMPLATE = " ".join(f"rule{i} of the game is" for i in range(12))
+TEMPLATE = " ".join(f"rule{i} of the game is" for i in range(40))
 
 
 def test_rows_that_share_a_template_alone_are_not_near() -> None:
@@ -266,7 +268,7 @@ def test_rows_that_share_a_template_alone_are_not_near() -> None:
     assert twin[990:].tolist() == list(range(10))
     assert np.all(twin[:990] == -1)
     assert np.array_equal(near_of(found[990:], found[:990], NEAR), np.arange(10))
-    plain = near_module._alike(found[:500], found[400:900], NEAR, np.zeros(2**16, dtype=bool))
+    plain = near_module._alike(found[:500], found[400:900], Near(0.5, 3), np.zeros(2**16, dtype=bool))
     assert plain.mean() > 0.5  # the wrong variant counts the template
 
 
@@ -275,7 +277,7 @@ def test_common_shingles_are_found_by_their_rows_and_few_rows_have_none() -> Non
     ids = near_module._shingle_ids(found)
     template = np.unique(near_module._murmur(shingle_hashes(words(TEMPLATE), 3)) & 0xFFFF)
     assert set(template.tolist()) >= set(np.flatnonzero(common_shingles(found, np.arange(400))).tolist())
-    assert common_shingles(found, np.arange(400)).sum() > 0.8 * len(template)
+    assert common_shingles(found, np.arange(400)).sum() > 0.5 * len(template)  # those that are the least of some column
     assert np.isin(ids, template).mean() > 0.5
     assert not common_shingles(found, np.arange(40)).any()
 
@@ -294,20 +296,24 @@ def test_a_crowd_of_rows_alike_takes_no_longer_than_so_many_others(unequal: int)
     assert kept == 1 if unequal == 0 else kept >= 1
 
 
-@pytest.mark.long
-def test_twice_the_rows_take_twice_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twice_the_rows_are_twice_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_module, "COMMON_ROWS", 10**9)  # so that the crowd is one
-
-    def ratio(rows: int) -> float:
-        return min(_seconds(2 * rows) for _ in range(2)) / min(_seconds(rows) for _ in range(2))
-
-    assert ratio(20_000) < 3
+    assert _pairs(1600, monkeypatch) / _pairs(800, monkeypatch) < 2.3
     monkeypatch.setattr(near_module, "REACH", 10**6)  # the wrong variant: all pairs of a crowd
-    assert ratio(700) > 3
+    assert _pairs(1600, monkeypatch) / _pairs(800, monkeypatch) > 3.5
 
 
-def _seconds(rows: int) -> float:
-    crowd = alike(rows, 45)  # pairs agree in 42 %: many in each band, none of them near
-    began = time.process_time()
-    near_twins(crowd, NEAR)
-    return time.process_time() - began
+def _pairs(rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many pairs are looked at among rows that agree in 66 %: many in each band, hardly one of them near."""
+    compared = 0
+    compare = near_module._are_near
+
+    def counting(a: Array, one: Rows, *rest: Any) -> NDArray[np.bool_]:
+        nonlocal compared
+        compared += len(one)
+        return compare(a, one, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(near_module, "_are_near", counting)
+        near_twins(alike(rows, 24), NEAR)
+    return compared

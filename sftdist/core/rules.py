@@ -9,7 +9,7 @@ from typing import Any
 
 from sftdist.core.migrations import version_issue
 from sftdist.core.mix import lambda_issue
-from sftdist.core.settings import DataConfig, ExportConfig, Init, Method, Offload, TrainConfig
+from sftdist.core.settings import DataConfig, ExportConfig, Init, Method, Offload, PrepareConfig, TrainConfig
 from sftdist.core.typed import shown
 
 # key: the least value; None is always allowed where the schema allows it.
@@ -58,7 +58,7 @@ FRACTIONS = {
     "optimizer.warmup_ratio": True,
     "optimizer.min_lr_ratio": True,
 }
-WORDS = {"output": ("terminal", "html", "jsonl"), "lock": ("write", "extend")}
+WORDS = {"output": ("terminal", "html", "jsonl"), "lock": ("write", "extend", "withdraw")}
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -112,6 +112,8 @@ def _words(cfg: TrainConfig) -> Iterator[str]:
         value = _read(cfg, key)
         if value is not None and value not in words:
             yield f"{key}: given {shown(value)}, required one of {', '.join(words)}"
+    if isinstance(cfg, PrepareConfig) and cfg.lock is not None and cfg.data.holdout_lock is None:
+        yield f"lock: given {shown(cfg.lock)} without data.holdout_lock; say which file: data.holdout_lock=FILE.json"
     if isinstance(cfg, ExportConfig) and cfg.step not in ("latest", "best") and not cfg.step.isdecimal():
         yield f"step: given {shown(cfg.step)}, required latest, best or the number of a step"
     target = cfg.tune.target

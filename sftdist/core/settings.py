@@ -353,7 +353,7 @@ class DataConfig(TrainConfig):
 class PrepareConfig(DataConfig):
     """The keys of train, and what `prepare` adds."""
 
-    lock: str | None = None  # write | extend: the file data.holdout_lock
+    lock: str | None = None  # write | extend | withdraw: what to do with the file data.holdout_lock
     diff: str | None = None  # another data manifest, to compare the new one with
 
 

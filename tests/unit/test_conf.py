@@ -14,7 +14,7 @@ from sftdist.core import config
 from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError
 from sftdist.core.mix import lambdas_of
-from sftdist.core.settings import InspectConfig, PlanConfig, Precision, TrainConfig
+from sftdist.core.settings import InspectConfig, PlanConfig, Precision, PrepareConfig, TrainConfig
 from sftdist.core.typed import ANY_NAME, options
 from tests.conftest import ROOT
 
@@ -234,6 +234,16 @@ def test_inspect_needs_neither_a_preset_nor_training_settings() -> None:
         compose(None, [*OWN_DATA, "output=pdf"], InspectConfig)
     with pytest.raises(ConfigError, match="limit: unknown key"):
         compose("lora", [*OWN_DATA, "limit=3"])
+
+
+def test_a_lock_is_written_to_a_file_that_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"lock: given '?frob'?, required one of write, extend, withdraw"):
+        compose(None, [*OWN_DATA, "data.holdout_lock=l.json", "lock=frob"], PrepareConfig)
+    with pytest.raises(ConfigError, match=r"lock: given '?write'? without data.holdout_lock; say which file"):
+        compose(None, [*OWN_DATA, "lock=write"], PrepareConfig)
+    assert compose(None, [*OWN_DATA, "data.holdout_lock=l.json", "lock=write"], PrepareConfig).lock == "write"
+    with pytest.raises(ConfigError, match="lock: unknown key"):
+        compose("lora", [*OWN_DATA, "lock=write"])
 
 
 def test_in_memory_data_may_come_later() -> None:

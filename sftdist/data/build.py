@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,14 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.storage import write_json
+from sftdist.data.duplicates import STAGE, STAGES, Decision, Facts
 from sftdist.data.encode import Columns, Job, Label, Samples, Shard, renumbered
-from sftdist.data.shards import Piece
-from sftdist.data.store import LABELS, Block, StoreFigures, TokenStore, write_store
+from sftdist.data.shards import Piece, signatures_of
+from sftdist.data.store import LABELS, TRAIN, Block, StoreFigures, TokenStore, write_store
+from sftdist.data.template import ChatTemplate
 
-STAGES = ("read", "left_out", "bad", "duplicate", "held_out", "refused", "kept")
 REJECTS = "rejects.jsonl"  # bad and refused rows, with their text
 DROPPED = "dropped.jsonl"  # rows that left after they were parsed: which, at which stage, for which row
+FINDINGS = "findings.jsonl"  # what is wrong with train rows that stay
+REASONS = {
+    "duplicate": "the same as an earlier row",
+    "contradiction": "the same prompt with another answer",
+    "near_duplicate": "nearly the same as an earlier row",
+}
+EXAMPLES = 3
+EXAMPLE_CHARACTERS = 600
 SAY_EVERY_SECONDS = 5.0
+KEPT, REFUSED = STAGE["kept"], STAGE["refused"]
 
 
 @dataclass(slots=True)
@@ -40,32 +51,17 @@ class Tally:
 
     stages: dict[str, Count] = field(default_factory=lambda: {stage: Count() for stage in STAGES})
     reasons: Counter[str] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+    found: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What becomes of each conversation of a source: its stage, and the row that it leaves for (-1: none), int64."""
+class Files:
+    """The lists beside the columns of a store, open."""
 
-    stage: NDArray[np.uint8]
-    twin: NDArray[np.int64]
-
-
-def decide(columns: Columns, *, deduplicate: bool, forbidden: frozenset[bytes]) -> Decision:
-    """Over all rows of a source. `forbidden` are prompts that other files hold out."""
-    rows = len(columns.split)
-    stage = np.full(rows, STAGES.index("kept"), dtype=np.uint8)
-    stage[columns.refused] = STAGES.index("refused")
-    if forbidden:
-        held_out = [prompt.tobytes() in forbidden for prompt in columns.prompts]
-        stage[np.array(held_out, dtype=bool)] = STAGES.index("held_out")
-    twin = np.full(rows, -1, dtype=np.int64)
-    if deduplicate and rows:
-        contents = np.ascontiguousarray(columns.contents).view(f"V{columns.contents.shape[1]}").ravel()
-        _, first, of = np.unique(contents, return_index=True, return_inverse=True)
-        later = first[of] != np.arange(rows)
-        stage[later] = STAGES.index("duplicate")
-        twin[later] = first[of][later]
-    return Decision(stage, twin)
+    rejects: TextIO
+    dropped: TextIO
+    findings: TextIO
 
 
 def build_store(
@@ -73,21 +69,26 @@ def build_store(
     job: Job,
     pieces: Iterable[Piece],
     *,
-    deduplicate: bool,
-    forbidden: frozenset[bytes],
+    decide: Callable[[Facts], Decision],
     ingredients: dict[str, Any],
+    work: Path,
     tick: Callable[[str], None],
     verify: Callable[[], None],
 ) -> TokenStore:
-    """Write the store of a job from the shards of its whole input. `forbidden` are prompts that other files hold out;
-    `tick` is told again and again how far it is, `verify` runs before publishing."""
+    """Write the store of a job from the shards of its whole input. `decide` says which rows stay; `work` is a folder
+    for what is too large for memory; `tick` is told again and again how far it is, `verify` runs before publishing."""
     found, columns = _gathered(pieces, job, tick)
-    decision = decide(columns, deduplicate=deduplicate, forbidden=forbidden)
+    signatures = None if job.near is None else signatures_of(found, work / "signatures.bin")
+    decision = decide(_facts(columns, signatures))
     tally = Tally()
 
     def produce(folder: Path) -> Iterator[Block]:
         job.template.save(folder / "tokenizer")
-        yield from _blocks(folder, job, found, decision, tally)
+        with ExitStack() as files:
+            lists = [
+                files.enter_context((folder / n).open("w", encoding="utf-8")) for n in (REJECTS, DROPPED, FINDINGS)
+            ]
+            yield from _blocks(folder, job, found, decision, tally, Files(*lists))
         verify()
 
     def describe(figures: StoreFigures) -> dict[str, Any]:
@@ -96,6 +97,9 @@ def build_store(
             "ingredients": ingredients,
             "counts": {stage: asdict(count) for stage, count in tally.stages.items()},
             "reasons": dict(sorted(tally.reasons.items())),
+            "rules": dict(sorted(tally.rules.items())),
+            "found": dict(sorted((tally.found + _only_found(decision)).items())),
+            "examples": _examples(found, decision, job),
             "files": [part.name for part in job.parts],
             "vocabulary": len(job.template.tokenizer),
             "bos_token_id": job.template.bos_token_id,
@@ -119,21 +123,44 @@ def _gathered(pieces: Iterable[Piece], job: Job, tick: Callable[[str], None]) ->
     return found, Columns.joined(columns)
 
 
-def _blocks(folder: Path, job: Job, pieces: Sequence[Piece], decision: Decision, tally: Tally) -> Iterator[Block]:
-    """The kept rows, a shard at a time; files of what left are written beside the columns."""
+def _facts(columns: Columns, signatures: NDArray[np.uint16] | None) -> Facts:
+    return Facts(
+        contents=columns.contents,
+        prompts=columns.prompts,
+        answers=columns.answers,
+        split=columns.split,
+        signatures=signatures,
+        refused=columns.refused,
+        flags=columns.flags,
+    )
+
+
+def _only_found(decision: Decision) -> Counter[str]:
+    """How many rows of each finding stay."""
+    left = Counter({stage: int((decision.stage == STAGE[stage]).sum()) for stage in decision.found})
+    return Counter(decision.found) - left
+
+
+# --- row by row -----------------------------------------------------------------------------------------
+
+
+def _blocks(
+    folder: Path, job: Job, pieces: Sequence[Piece], decision: Decision, tally: Tally, files: Files
+) -> Iterator[Block]:
+    """The kept rows, a shard at a time; what left, and what is wrong, goes into its list."""
     labels: dict[Label, int] = {}
     twins = _names_of(pieces, decision.twin)
     start = 0
-    with (folder / REJECTS).open("w", encoding="utf-8") as rejects, (folder / DROPPED).open("w") as dropped:
-        for piece in pieces:
-            shard = piece.load()
-            rows = slice(start, start + len(shard.row_ids))
-            start = rows.stop
-            stage = decision.stage[rows]
-            _count(tally, shard, stage)
-            _write_rejects(rejects, shard, stage, tally)
-            _write_dropped(dropped, job, shard, stage, [twins.get(row) for row in decision.twin[rows].tolist()])
-            yield _block(shard, stage[shard.samples.of] == STAGES.index("kept"), labels)
+    for piece in pieces:
+        shard = piece.load()
+        rows = slice(start, start + shard.rows)
+        start = rows.stop
+        stage = decision.stage[rows]
+        _count(tally, shard, stage)
+        _list_rejects(files.rejects, shard, stage, tally)
+        _list_dropped(files.dropped, job, shard, stage, [twins.get(row) for row in decision.twin[rows].tolist()])
+        _list_findings(files.findings, shard, stage, tally)
+        yield _block(shard, stage[shard.samples.of] == KEPT, labels)
     write_json(folder / LABELS, [{"tags": tags, "label_origin": origin} for tags, origin in labels])
 
 
@@ -151,25 +178,44 @@ def _names_of(pieces: Sequence[Piece], rows: NDArray[np.int64]) -> dict[int, str
     return names
 
 
-def _write_rejects(file: TextIO, shard: Shard, stage: NDArray[np.uint8], tally: Tally) -> None:
-    left = [problem for i, problem in shard.refused.items() if stage[i] == STAGES.index("refused")]
+def _list_rejects(file: TextIO, shard: Shard, stage: NDArray[np.uint8], tally: Tally) -> None:
+    left = [problem for i, problem in shard.refused.items() if stage[i] == REFUSED]
     for problem in [*shard.bad, *left]:
         tally.reasons[f"{problem.kind}: {problem.reason}"] += 1
-        file.write(json.dumps(problem.to_dict(problem.file), ensure_ascii=False) + "\n")
+        _write(file, problem.to_dict(problem.file))
 
 
-def _write_dropped(file: TextIO, job: Job, shard: Shard, stage: NDArray[np.uint8], twins: Sequence[str | None]) -> None:
-    for i in np.flatnonzero(stage != STAGES.index("kept")).tolist():
-        name = STAGES[stage[i]]
+def _list_dropped(file: TextIO, job: Job, shard: Shard, stage: NDArray[np.uint8], twins: Sequence[str | None]) -> None:
+    for i in np.flatnonzero(stage != KEPT).tolist():
         row = {
             "id": shard.row_ids[i],
             "file": job.parts[shard.files[i]].name,
             "line": int(shard.lines[i]),
-            "stage": name,
-            "reason": shard.refused[i].reason if name == "refused" else None,
+            "stage": STAGES[stage[i]],
+            "reason": _reason(shard, i, STAGES[stage[i]]),
             "twin": twins[i],
         }
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        _write(file, row)
+
+
+def _reason(shard: Shard, row: int, stage: str) -> str:
+    """Why a row left: what is said of all rows of its stage, or of this one."""
+    if stage in REASONS:
+        return REASONS[stage]
+    problems = [shard.refused[row]] if row in shard.refused else shard.findings[row]
+    return next(problem.message for problem in problems if problem.kind == stage)
+
+
+def _list_findings(file: TextIO, shard: Shard, stage: NDArray[np.uint8], tally: Tally) -> None:
+    for i, problems in shard.findings.items():
+        if stage[i] == KEPT and shard.columns.split[i] == TRAIN:
+            tally.found.update({problem.kind for problem in problems})
+            for problem in problems:
+                _write(file, problem.to_dict(problem.file))
+
+
+def _write(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _count(tally: Tally, shard: Shard, stage_of: NDArray[np.uint8]) -> None:
@@ -213,6 +259,48 @@ def _block(shard: Shard, keep: NDArray[np.bool_], labels: dict[Label, int]) -> B
         labels=renumbered(shard.labels[of], shard.label_names, labels),
         signatures=None if shard.signatures is None else shard.signatures[of],
     )
+
+
+# --- to look at -----------------------------------------------------------------------------------------
+
+
+def _examples(pieces: Sequence[Piece], decision: Decision, job: Job) -> dict[str, list[dict[str, Any]]]:
+    """A few pairs of rows of each finding with where they stand and, where they were tokenised, their text."""
+    pairs = {stage: several[:EXAMPLES] for stage, several in decision.examples.items()}
+    shown = _shown(pieces, {row for several in pairs.values() for pair in several for row in pair}, job)
+    return {
+        stage: [
+            {**shown[row], **{f"twin_{k}" if k != "id" else "twin": v for k, v in shown[twin].items()}}
+            for row, twin in several
+        ]
+        for stage, several in pairs.items()
+    }
+
+
+def _shown(pieces: Sequence[Piece], rows: set[int], job: Job) -> dict[int, dict[str, Any]]:
+    shown = {}
+    start = 0
+    for piece in pieces:
+        here = sorted(row - start for row in rows if start <= row < start + piece.rows)
+        if here:
+            shard = piece.load()
+            for i in here:
+                place = {"id": shard.row_ids[i], "file": job.parts[shard.files[i]].name, "line": int(shard.lines[i])}
+                shown[start + i] = {**place, "text": _text(shard.samples, i, job.template)}
+        start += piece.rows
+    return shown
+
+
+def _text(samples: Samples, row: int, template: ChatTemplate) -> str:
+    first = np.flatnonzero(samples.of == row)[:1]
+    if not len(first):
+        return ""
+    start = int(samples.lengths[: first[0]].sum())
+    ids = samples.ids[start : start + int(samples.lengths[first[0]])]
+    return template.tokenizer.decode(ids.tolist(), skip_special_tokens=False)[:EXAMPLE_CHARACTERS]
+
+
+# --- how far --------------------------------------------------------------------------------------------
 
 
 class Progress:

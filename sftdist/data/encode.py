@@ -6,8 +6,9 @@ does not depend on how many processes do this.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from sftdist.data.clean import Rules, normalise
 from sftdist.data.keys import DIGEST_BYTES, answer_key, content_key, prompt_key
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
+from sftdist.data.near import Near, signatures
 from sftdist.data.problems import Problem, bad_row, refused_row
 from sftdist.data.schema import Conversation
 from sftdist.data.sources import Chunk, Part, Source, parse_chunk, raw_text
@@ -32,6 +34,8 @@ class Job:
     parts: tuple[Part, ...]
     template: ChatTemplate
     mask: MaskOptions
+    rules: Rules = field(default_factory=Rules)
+    near: Near | None = None
     validation: float = 0.0
     holdout: float = 0.0
     split: int | None = None
@@ -57,6 +61,7 @@ class Columns:
     answers: NDArray[np.uint8]
     split: NDArray[np.uint8]
     refused: NDArray[np.bool_]
+    flags: NDArray[np.uint8]
 
     @classmethod
     def joined(cls, several: Sequence[Columns]) -> Columns:
@@ -68,6 +73,7 @@ class Columns:
             answers=np.concatenate([digest, *(one.answers for one in several)]),
             split=np.concatenate([np.empty(0, dtype=np.uint8), *(one.split for one in several)]),
             refused=np.concatenate([np.empty(0, dtype=bool), *(one.refused for one in several)]),
+            flags=np.concatenate([np.empty(0, dtype=np.uint8), *(one.flags for one in several)]),
         )
 
 
@@ -75,8 +81,9 @@ class Columns:
 class Shard:
     """Some chunks after the workers: one entry per conversation in `columns row_ids files lines labels`.
 
-    `files` int32 [n] are numbers of parts, `labels` uint32 [n] places in `label_names`; `problems` of refused rows are
-    by their place. `size` is that of the input in bytes, 0 where nobody knows.
+    `files` int32 [n] are numbers of parts, `labels` uint32 [n] places in `label_names`. By the place of their row:
+    `refused`, the problem of a mask that is not proven, and `findings`, what else is wrong. `rules` counts the
+    conversations that each rule of cleaning has changed. `size` is that of the input in bytes, 0 where nobody knows.
     """
 
     read: int
@@ -84,6 +91,8 @@ class Shard:
     size: int
     bad: list[Problem]
     refused: dict[int, Problem]
+    findings: dict[int, list[Problem]]
+    rules: Counter[str]
     columns: Columns
     row_ids: list[str]
     files: NDArray[np.int32]
@@ -106,7 +115,8 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
     """Parse, normalise, hash, render, prove and tokenise one chunk."""
     part = job.parts[chunk.part]
     parsed = parse_chunk(chunk, job.source, part)
-    conversations = [normalise(conversation, Rules())[0] for conversation, _ in parsed.conversations]
+    cleaned = [normalise(conversation, job.rules) for conversation, _ in parsed.conversations]
+    conversations = [conversation for conversation, _ in cleaned]
     prompts = [prompt_key(conversation) for conversation in conversations]
     found, refusals = encode_conversations(job.template, conversations, job.mask)
     refused = {
@@ -123,19 +133,22 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
         size=chunk.size,
         bad=[bad_row(job.source.name, rejected) for rejected in parsed.rejected],
         refused=refused,
+        findings={},
+        rules=Counter(rule for _, used in cleaned for rule in used),
         columns=Columns(
             contents=_digests(content_key(conversation) for conversation in conversations),
             prompts=_digests(prompts),
             answers=_digests(answer_key(conversation) for conversation in conversations),
             split=np.array([_split(job, prompt) for prompt in prompts], dtype=np.uint8),
             refused=is_refused,
+            flags=np.zeros(rows, dtype=np.uint8),
         ),
         row_ids=[conversation.id for conversation in conversations],
         files=np.full(rows, chunk.part, dtype=np.int32),
         lines=np.array([conversation.line for conversation in conversations], dtype=np.int64),
         labels=labels,
         label_names=names,
-        signatures=None,
+        signatures=None if job.near is None else signatures(conversations, job.near),
         samples=found,
     )
 
@@ -156,13 +169,19 @@ def joined(shards: Sequence[Shard]) -> Shard:
             for start, shard in zip(starts, shards, strict=False)
             for i, problem in shard.refused.items()
         },
+        findings={
+            start + i: problems
+            for start, shard in zip(starts, shards, strict=False)
+            for i, problems in shard.findings.items()
+        },
+        rules=sum((shard.rules for shard in shards), Counter()),
         columns=Columns.joined([shard.columns for shard in shards]),
         row_ids=[name for shard in shards for name in shard.row_ids],
         files=np.concatenate([shard.files for shard in shards]),
         lines=np.concatenate([shard.lines for shard in shards]),
         labels=np.concatenate(labels),
         label_names=list(names),
-        signatures=None,
+        signatures=_end_to_end([shard.signatures for shard in shards]),
         samples=Samples(
             of=np.concatenate([start + one.of for start, one in zip(starts, samples, strict=False)]),
             lengths=np.concatenate([one.lengths for one in samples]),
@@ -171,6 +190,11 @@ def joined(shards: Sequence[Shard]) -> Shard:
             names=[name for one in samples for name in one.names],
         ),
     )
+
+
+def _end_to_end(several: Sequence[NDArray[np.uint16] | None]) -> NDArray[np.uint16] | None:
+    found = [one for one in several if one is not None]
+    return np.concatenate(found) if found else None
 
 
 def _labels(conversations: Sequence[Conversation]) -> tuple[list[Label], NDArray[np.uint32]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError, DataAbsentError, DataError
 from sftdist.core.lock import alone
+from sftdist.core.settings import Leaks, NearDuplicates, OnFinding
 from sftdist.core.storage import (
     publish_directory,
     read_json,
@@ -28,10 +30,12 @@ from sftdist.core.storage import (
 )
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, Rules, normalise
+from sftdist.data.duplicates import DECIDE_VERSION, decide
 from sftdist.data.encode import Job, encode_chunk
 from sftdist.data.keys import prompt_key
 from sftdist.data.mask import MaskOptions
-from sftdist.data.problems import Problems, write_problems
+from sftdist.data.near import NEAR_VERSION, Near
+from sftdist.data.problems import BAD, REFUSED, Limit, Problems, write_problems
 from sftdist.data.report import Preparation, data_report
 from sftdist.data.schema import Conversation
 from sftdist.data.shards import Piece, works
@@ -62,10 +66,14 @@ KEY_DIGITS = 16
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """A source and how its assistant turns are trained."""
+    """A source, how its assistant turns are trained, and what its answers must fulfil."""
 
     source: Source
     mask: MaskOptions = field(default_factory=MaskOptions)
+    contract: Path | None = None
+    on_breach: OnFinding = OnFinding.error
+    licence: str | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,17 @@ class PrepareRequest:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     validation_fraction: float = 0.02
     holdout_fraction: float = 0.02
+    rules: Rules = field(default_factory=Rules)
     deduplicate: bool = True
+    near: Near | None = None
+    near_duplicates: NearDuplicates = NearDuplicates.report
+    contradictions: OnFinding = OnFinding.report
+    cut_off: OnFinding = OnFinding.report
+    decontaminate: tuple[Path, ...] = ()
+    leaks: Leaks | None = None
+    holdout_lock: Path | None = None
+    require_tags: Mapping[str, int] = field(default_factory=dict)
+    require_origins: Mapping[str, int] = field(default_factory=dict)
     max_bad_rows: int = 0
     max_refused: int = 0
     workers: int = 1
@@ -239,15 +257,24 @@ def _tasks(
             parts=tuple(parts[entry.source.name]),
             template=template,
             mask=entry.mask,
+            rules=request.rules,
+            near=request.near,
             validation=0.0 if request.validation else request.validation_fraction,
             holdout=0.0 if request.holdout else request.holdout_fraction,
             split=split,
         )
         ingredients = {
-            "format": [STORE_FORMAT, SCHEMA_VERSION, CLEAN_VERSION, SPLIT_VERSION],
+            "format": [STORE_FORMAT, SCHEMA_VERSION, SPLIT_VERSION],
             **prints[entry.source.name],
             **template.fingerprint(),
-            "clean": {"deduplicate": request.deduplicate},
+            "clean": {"version": CLEAN_VERSION, **asdict(request.rules)},
+            "duplicates": {
+                "version": DECIDE_VERSION,
+                "exact": request.deduplicate,
+                "contradictions": request.contradictions is OnFinding.drop,
+                "near": str(request.near_duplicates),
+            },
+            "near": None if request.near is None else {"version": NEAR_VERSION, **asdict(request.near)},
             "split": {"split": split, "validation": job.validation, "holdout": job.holdout},
             "mask": {k: str(v) for k, v in vars(entry.mask).items()},
             "held_out": [prints[other.source.name] for other in forbidden],
@@ -313,9 +340,15 @@ def _make_store(
         task.path,
         task.job,
         _pieces(task, number, workers),
-        deduplicate=request.deduplicate,
-        forbidden=frozenset(prompt for other in task.forbidden for prompt in _prompts(other.source)),
+        decide=partial(
+            decide,
+            deduplicate=request.deduplicate,
+            near=request.near,
+            near_duplicates=request.near_duplicates,
+            contradictions=request.contradictions,
+        ),
         ingredients=task.ingredients,
+        work=task.work,
         tick=tick,
         verify=verify,
     )
@@ -385,7 +418,7 @@ def _train_texts(request: PrepareRequest, source: Source, parts: dict[str, list[
     """The text of the train split alone: what is held out must not shape the tokenizer."""
     for chunk in chunks(parts[source.name]):
         for row, _ in parse_chunk(chunk, source, parts[source.name][chunk.part]).conversations:
-            row, _ = normalise(row, Rules())
+            row, _ = normalise(row, request.rules)
             validation, holdout = request.validation_fraction, request.holdout_fraction
             if split_of(prompt_key(row), validation=validation, holdout=holdout) == TRAIN:
                 yield from texts_of(row)
@@ -417,9 +450,11 @@ def _check(request: PrepareRequest, problems: Problems, stores: Sequence[TokenSt
         elif store.manifest["stop_share"] < 1.0:
             given = f"{store.name}: given {store.manifest['stop_share']:.1%} of the rows end with a stop token"
             found.append(f"{given}, required all; use a chat template whose end-of-turn marker is one special token")
-    refusal = problems.refusal(
-        max_bad_rows=request.max_bad_rows, max_refused=request.max_refused, written_to=request.store_dir / BAD_ROWS
-    )
+    limits = [
+        Limit(BAD, "cannot be parsed", "data.max_bad_rows", request.max_bad_rows),
+        Limit(REFUSED, "without a provable mask", "data.max_refused", request.max_refused),
+    ]
+    refusal = problems.refusal(limits, request.store_dir / BAD_ROWS)
     found += [refusal] if refusal else []
     if found:
         raise DataError("\n".join(found))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,37 @@ class Group:
     examples: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How many rows of a kind there may be, by the value of `option`. `said`: what is wrong with them."""
+
+    kind: str
+    said: str
+    option: str
+    allowed: int
+
+    def sentence(self, count: int) -> str:
+        return f"{rows(count)} {self.said} (allowed: {self.option}={self.allowed})"
+
+    def override(self, count: int) -> str:
+        """What lets all of them pass."""
+        return f"{self.option}={max(count, self.allowed)}"
+
+
+@dataclass(frozen=True)
+class Ban(Limit):
+    """A kind of which there may be no row, because `option` is `error`; `instead` lets them pass."""
+
+    allowed: int = 0
+    instead: str = "report"
+
+    def sentence(self, count: int) -> str:
+        return f"{rows(count)} {self.said} ({self.option}=error)"
+
+    def override(self, count: int) -> str:
+        return f"{self.option}={self.instead}"
+
+
 class Problems:
     """All problems of a run by reason; memory holds a few examples of each."""
 
@@ -74,31 +106,30 @@ class Problems:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one row of a file of problems."""
-        key = (row["kind"], row["reason"])
-        group = self.groups.setdefault(key, Group(*key))
-        group.rows += 1
-        if len(group.examples) < EXAMPLES:
-            group.examples.append(f"{row['file']}:{row['line']}: {row['message']}")
+        self.add_group(row["kind"], row["reason"], 1, [f"{row['file']}:{row['line']}: {row['message']}"])
+
+    def add_group(self, kind: str, reason: str, count: int, examples: Iterable[str]) -> None:
+        """Count rows of which only a few are at hand."""
+        group = self.groups.setdefault((kind, reason), Group(kind, reason))
+        group.rows += count
+        group.examples += islice(examples, EXAMPLES - len(group.examples))
 
     def count(self, kind: str) -> int:
         return sum(group.rows for group in self.groups.values() if group.kind == kind)
 
-    def refusal(self, *, max_bad_rows: int, max_refused: int, written_to: Path) -> str | None:
+    def refusal(self, limits: Sequence[Limit], written_to: Path) -> str | None:
         """The message that ends prepare, its last line the overrides to paste; None when the limits allow it."""
-        bad, refused = self.count(BAD), self.count(REFUSED)
-        if bad <= max_bad_rows and refused <= max_refused:
+        found = [(limit, count) for limit in limits if (count := self.count(limit.kind))]
+        if all(count <= limit.allowed for limit, count in found):
             return None
-        lines = [
-            f"{rows(bad)} cannot be parsed (allowed: data.max_bad_rows={max_bad_rows}), "
-            f"{rows(refused)} without a provable mask (allowed: data.max_refused={max_refused})."
-        ]
-        for group in sorted(self.groups.values(), key=lambda group: (group.kind, -group.rows, group.reason)):
+        lines = [", ".join(limit.sentence(count) for limit, count in found) + "."]
+        kinds = [limit.kind for limit, _ in found]
+        shown = [group for group in self.groups.values() if group.kind in kinds]
+        for group in sorted(shown, key=lambda group: (kinds.index(group.kind), -group.rows, group.reason)):
             lines.append(f"{group.kind}: {group.reason}: {rows(group.rows)}")
             lines += [f"  {example}" for example in group.examples]
-        overrides = [f"data.max_bad_rows={max(bad, max_bad_rows)}"] if bad else []
-        overrides += [f"data.max_refused={max(refused, max_refused)}"] if refused else []
         lines.append(f"All of them, with their rows, are in {written_to}. Repair them, or leave them out with:")
-        return "\n".join([*lines, " ".join(overrides)])
+        return "\n".join([*lines, " ".join(limit.override(count) for limit, count in found)])
 
 
 def rows(count: int) -> str:

@@ -10,8 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError, DataAbsentError
 from sftdist.core.processes import usable_cores
-from sftdist.core.settings import DataSettings, ModelSettings, SourceSettings
+from sftdist.core.settings import (
+    DataSettings,
+    Leaks,
+    ModelSettings,
+    NearDuplicates,
+    NormaliseSettings,
+    SourceSettings,
+)
+from sftdist.data.clean import Rules
 from sftdist.data.mask import MaskOptions
+from sftdist.data.near import Near
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
 from sftdist.data.schema import SCHEMA_VERSION, is_label_origin
 from sftdist.data.sources import Source, in_memory
@@ -48,7 +57,17 @@ def request_of(
         template_args=model.template_args,
         validation_fraction=data.val_fraction,
         holdout_fraction=data.holdout_fraction,
+        rules=_rules(data.normalise),
         deduplicate=data.deduplicate,
+        near=_near(data),
+        near_duplicates=data.near.duplicates,
+        contradictions=data.contradictions,
+        cut_off=data.cut_off,
+        decontaminate=tuple(Path(path) for path in _paths(data.decontaminate)),
+        leaks=data.leaks,
+        holdout_lock=None if data.holdout_lock is None else Path(data.holdout_lock),
+        require_tags=data.require.tags,
+        require_origins=data.require.origins,
         max_bad_rows=data.max_bad_rows,
         max_refused=data.max_refused,
         workers=data.workers or usable_cores(),
@@ -69,7 +88,14 @@ def source_of(name: str, settings: SourceSettings, data: DataSettings) -> Source
         schema_version=settings.schema_version,
         label_origin=settings.label_origin,
     )
-    return SourceRequest(source, _mask(data, settings))
+    return SourceRequest(
+        source=source,
+        mask=_mask(data, settings),
+        contract=None if settings.contract is None else Path(settings.contract),
+        on_breach=settings.on_breach,
+        licence=settings.licence,
+        origin=settings.origin,
+    )
 
 
 def _label_issues(name: str, settings: SourceSettings) -> Iterator[str]:
@@ -114,6 +140,21 @@ def _held_out(name: str, key: str, path: Any, data: DataSettings) -> SourceReque
 def _mask(data: DataSettings, settings: SourceSettings | None = None) -> MaskOptions:
     train_on = settings.train_on if settings is not None and settings.train_on is not None else data.train_on
     return MaskOptions(train_on, data.reasoning, data.expand_turns)
+
+
+def _rules(settings: NormaliseSettings) -> Rules:
+    return Rules(
+        line_ends=settings.line_ends,
+        unicode_nfc=settings.unicode_nfc,
+        trailing_blanks=settings.trailing_blanks,
+        template_trim=settings.template_trim,
+    )
+
+
+def _near(data: DataSettings) -> Near | None:
+    """Signatures cost as much time as all the rest: they are made where something asks for them."""
+    wanted = data.near.duplicates is not NearDuplicates.off or data.leaks is not Leaks.off or data.decontaminate
+    return Near(data.near.threshold, data.near.shingle) if wanted else None
 
 
 def _paths(path: Any) -> tuple[str, ...]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +29,7 @@ from sftdist.data.store import SIGNATURE_TYPE, Weights, ids_dtype
 
 SHARD_FORMAT = 1
 SHARD_CHUNKS = 4  # 2,048 rows: what a kill may cost each worker, and what is in memory at a time
+CRC_BYTES = 4  # of all that comes before them; what follows an archive does not disturb who reads it
 TEXT = "text"  # the member that holds what is no array, as JSON
 
 
@@ -116,6 +120,10 @@ class StoredShard:
                 size=self.size,
                 bad=[Problem(**problem) for problem in text["bad"]],
                 refused={int(i): Problem(**problem) for i, problem in text["refused"].items()},
+                findings={
+                    int(i): [Problem(**problem) for problem in several] for i, several in text["findings"].items()
+                },
+                rules=Counter(text["rules"]),
                 columns=_columns(found),
                 row_ids=_json(found["row_ids"]),
                 files=found["files"],
@@ -146,6 +154,7 @@ def save(shard: Shard, file: Path, header: dict[str, Any]) -> None:
         "answers": columns.answers,
         "split": columns.split,
         "refused": columns.refused,
+        "flags": columns.flags,
         "files": shard.files,
         "lines": shard.lines,
         "labels": shard.labels,
@@ -160,29 +169,40 @@ def save(shard: Shard, file: Path, header: dict[str, Any]) -> None:
         "header": header,
         "bad": [asdict(problem) for problem in shard.bad],
         "refused": {str(i): asdict(problem) for i, problem in shard.refused.items()},
+        "findings": {str(i): [asdict(problem) for problem in several] for i, several in shard.findings.items()},
+        "rules": shard.rules,
         "label_names": shard.label_names,
         "names": samples.names,
         "weight_values": weights.values,
     }
     arrays[TEXT] = _bytes(text)
     temp = file.with_suffix(f".{os.getpid()}.tmp")
-    with naming(file), zipfile.ZipFile(temp, "w") as archive:  # as np.savez does it, which takes no mapping
+    data = _archive(arrays)
+    with naming(file):
+        temp.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "big"))
+        temp.replace(file)
+
+
+def _archive(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """What np.savez writes, which takes no mapping."""
+    data = BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
-    temp.replace(file)
+    return data.getvalue()
 
 
 def is_there(work: Work) -> bool:
-    """Whether the file holds this very shard, whole: every byte is compared with its checksum."""
+    """Whether the file holds this very shard, whole: all of its bytes are compared with their checksum."""
     try:
-        with zipfile.ZipFile(work.file) as archive:
-            if archive.testzip() is not None:
-                return False
-        with np.load(work.file) as found:
-            return bool(_json(found[TEXT])["header"] == work.header)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
-        return False  # whatever it is, it is no shard of ours
+        data = work.file.read_bytes()
+    except FileNotFoundError:
+        return False
+    if zlib.crc32(data[:-CRC_BYTES]).to_bytes(CRC_BYTES, "big") != data[-CRC_BYTES:]:
+        return False
+    with np.load(BytesIO(data)) as found:
+        return bool(_json(found[TEXT])["header"] == work.header)
 
 
 def _bytes(value: Any) -> NDArray[np.uint8]:
@@ -200,6 +220,7 @@ def _columns(found: Any) -> Columns:
         answers=found["answers"],
         split=found["split"],
         refused=found["refused"],
+        flags=found["flags"],
     )
 
 

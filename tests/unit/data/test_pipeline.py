@@ -13,11 +13,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sftdist.core.errors import ConfigError, DataError
-from sftdist.core.settings import Reasoning, RowShape, TrainOn
+from sftdist.core.settings import OnFinding, Reasoning, RowShape, TrainOn
 from sftdist.core.storage import read_json, read_jsonl
+from sftdist.data.clean import Rules
 from sftdist.data.mask import MaskOptions
+from sftdist.data.near import Near
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
-from sftdist.data.report import lost_at
+from sftdist.data.report import LENGTHS, lost_at
 from sftdist.data.sources import CHUNK_ROWS, Source
 from sftdist.data.store import TokenStore
 from sftdist.data.vocabulary import train_tokenizer
@@ -167,7 +169,10 @@ CHANGES: list[tuple[Callable[[PrepareRequest], PrepareRequest], list[str]]] = [
     (other_tokenizer, ["tokenizer"]),
     (lambda r: replace(r, chat_template=LATIN), ["template"]),
     (named_shape, ["shape"]),
-    (lambda r: replace(r, deduplicate=False), ["clean"]),
+    (lambda r: replace(r, rules=Rules(unicode_nfc=False)), ["clean"]),
+    (lambda r: replace(r, deduplicate=False), ["duplicates"]),
+    (lambda r: replace(r, contradictions=OnFinding.drop), ["duplicates"]),
+    (lambda r: replace(r, near=Near(0.8, 3)), ["near"]),
     (lambda r: replace(r, validation_fraction=0.3), ["split"]),
     (lambda r: replace(r, holdout_fraction=0.3), ["split"]),
     (lambda r: entry_of(r, train_on=TrainOn.last), ["mask"]),
@@ -208,6 +213,7 @@ def other_source(request: PrepareRequest) -> PrepareRequest:
     [
         lambda r: replace(r, workers=2),
         lambda r: replace(r, max_bad_rows=9, max_refused=9),
+        lambda r: replace(r, contradictions=OnFinding.error),
         moved,
         other_source,
     ],
@@ -403,9 +409,9 @@ def test_the_report_counts_what_a_length_would_lose(request_for: Make) -> None:
     rows = [row("q", "a" * n) for n in (10, 3000, 9000)]
     request = replace(request_for(rows), validation_fraction=0.0, holdout_fraction=0.0)
     store = prepare(request).stores["train"]
-    lost = lost_at(store)
+    lost = {limit: lost_at(store, limit) for limit in LENGTHS}
     for limit, figures in lost.items():
-        over = store.lengths > int(limit)
+        over = store.lengths > limit
         assert figures["rows"] == over.sum()
         assert figures["tokens"] == store.lengths[over].sum()
         assert figures["targets"] == store.targets[over].sum()

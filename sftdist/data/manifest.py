@@ -80,12 +80,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         required = f"a {MANIFEST} that prepare wrote"
         raise DataError(f"diff={path}: given a file that cannot be read ({problem}), required {required}") from None
     written = found.get("format") if isinstance(found, dict) else None
-    if not isinstance(written, int) or not isinstance(found.get("sources"), dict):
-        raise DataError(f"diff={path}: given a file that is no data manifest, required a {MANIFEST}")
-    if written > MANIFEST_FORMAT:
+    if isinstance(written, int) and written > MANIFEST_FORMAT:
         required = f"format {MANIFEST_FORMAT} or earlier; use a newer sftdist"
         raise DataError(f"diff={path}: given a manifest of format {written}, required {required}")
+    sources = found.get("sources") if written == MANIFEST_FORMAT else None
+    if not isinstance(sources, dict) or not all(_is_source(entry) for entry in sources.values()):
+        raise DataError(f"diff={path}: given a file that is no data manifest, required a {MANIFEST}")
     return dict(found)
+
+
+def _is_source(entry: object) -> bool:
+    if not isinstance(entry, dict) or not {"store", "licence", "origin", "splits", "made_of"} <= set(entry):
+        return False
+    splits, counts = entry["splits"], ("rows", "tokens", "targets")
+    return all(isinstance(splits.get(name), dict) and set(counts) <= set(splits[name]) for name in SPLITS)
 
 
 # --- the rows behind a manifest -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from sftdist.core.errors import DataError
 from sftdist.data.comparison import Comparison, Some, SourceChanges, compare, compare_rows, show_comparison
 from sftdist.data.manifest import Rows, read_manifest, rows_behind
 from sftdist.data.rowset import RowSet
+from sftdist.data.store import SPLITS
 from tests.unit.data.rowsets import Row, row_set
 
 ROWS: list[Row] = [(f"r{i}", f"question {i}", f"answer {i}") for i in range(30)]
@@ -110,7 +111,13 @@ def test_no_row_is_lost_in_a_comparison(then: tuple[list[int], list[int]], now: 
 
 def source(train: tuple[int, int, float], store: str = "a-1", **said: Any) -> dict[str, Any]:
     counts = dict(zip(("rows", "tokens", "targets"), train, strict=True))
-    entry = {"store": store, "licence": None, "origin": None, "splits": {"train": counts}, "made_of": {"input": "x"}}
+    entry = {
+        "store": store,
+        "licence": None,
+        "origin": None,
+        "splits": dict.fromkeys(SPLITS, counts),
+        "made_of": {"input": "x"},
+    }
     return {**entry, **said}
 
 
@@ -178,6 +185,7 @@ def test_stores_that_are_not_there_are_named(tmp_path: Path) -> None:
         ("{", "given a file that cannot be read"),
         ("[]", "given a file that is no data manifest, required a data-manifest.json"),
         (json.dumps({"format": 1, "version": 1}), "is no data manifest"),
+        (json.dumps({"format": 1, "sources": {"a": {"store": "a-1"}}}), "is no data manifest"),
         (json.dumps({"format": 2, "sources": {}}), "given a manifest of format 2, required format 1 or earlier"),
     ],
 )

@@ -129,6 +129,14 @@ def test_provenance_and_id() -> None:
         ({"prompt": "q", "completion": ""}, "f.jsonl:7: completion: given empty text, required text"),
         ({"instruction": "q", "output": None}, "f.jsonl:7: output: given nothing, required text"),
         (
+            {"instruction": "q", "output": "a", "history": 5},
+            "f.jsonl:7: history: given 5, required a list of [instruction, output]",
+        ),
+        (
+            turns(("\ud800", "q"), ("assistant", "a")),
+            'f.jsonl:7: messages[0].role: given "\\ud800", required system | developer | user | assistant | tool',
+        ),
+        (
             {**turns(("user", "q"), ("assistant", "a")), "id": [1]},
             "f.jsonl:7: id: given [1], required text or a whole number",
         ),
@@ -147,6 +155,10 @@ def with_assistant(**fields: Any) -> dict[str, Any]:
     row = turns(("user", "q"))
     row["messages"].append({"role": "assistant", "content": "a", **fields})
     return row
+
+
+def deep(levels: int) -> dict[str, Any]:
+    return {"x": deep(levels - 1)} if levels else {}
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -198,6 +210,31 @@ def test_a_tool_conversation() -> None:
         ({"weight": -1}, "messages[1].weight: given -1, required a number of at least 0"),
         ({"weight": float("nan")}, "messages[1].weight: given NaN, required a number of at least 0"),
         ({"weight": True}, "messages[1].weight: given true, required a number of at least 0"),
+        ({"weight": 10**400}, f"messages[1].weight: given {'1' + '0' * 56}..., required a number of at most 1,000,000"),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"x": ' + "[" * 100_000}]},
+            "messages[1].tool_calls[0].arguments: given JSON nested too deeply, required what a template can render",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"x": ' + "9" * 5000 + "}"}]},
+            "messages[1].tool_calls[0].arguments: given a number of 5000 digits, required at most 1000",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]},
+            "messages[1].tool_calls[0].arguments.x: given the key twice in one object, required each key once",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {"x": b"raw"}}]},
+            "messages[1].tool_calls[0].arguments.x: given a bytes, required what JSON can hold",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {1: "x"}}]},
+            "messages[1].tool_calls[0].arguments: given the key 1, required keys that are text",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": deep(70)}]},
+            f"messages[1].tool_calls[0].arguments{'.x' * 65}: given more than 64 levels, required fewer",
+        ),
         ({"train": 1}, "messages[1].train: given 1, required true or false"),
         (
             {"reasoning_content": "x", "thinking": "y"},

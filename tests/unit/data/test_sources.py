@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from sftdist.core.errors import ConfigError, DataError
@@ -284,3 +285,26 @@ def test_chunks_bound_what_is_in_memory(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", *[row("a")] * (CHUNK_ROWS * 2 + 1), row("b" * 9_000_000), row("c"))
     sizes = [len(chunk.rows) for chunk in chunks(parts_of(Source("s", path=str(path))))]
     assert sizes == [CHUNK_ROWS, CHUNK_ROWS, 2, 1]
+
+
+def test_a_byte_order_mark_in_the_middle_of_a_file_is_a_bad_row(tmp_path: Path) -> None:
+    """As when two files were put together; alone in its line it is a row still, and no row is left out silently."""
+    found = from_bytes(tmp_path, LINE + b"\n\xef\xbb\xbf\n\xef\xbb\xbf" + LINE + b"\n")
+    assert [(type(r), r.line) for r in found] == [(Conversation, 1), (Reject, 2), (Reject, 3)]
+
+
+def test_arrays_as_pandas_has_them_are_lists(tmp_path: Path) -> None:
+    turns = np.empty(2, dtype=object)
+    turns[:] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": np.float64(0.5)}]
+    source = in_memory([{"messages": turns, "tags": np.array(["x", "y"]), "id": np.int64(7)}], "s", "dataset")
+    (row,) = conversations(source)
+    assert isinstance(row, Conversation)
+    assert (row.id, row.tags, row.messages[1].weight) == ("7", ("x", "y"), 0.5)
+
+
+def test_values_in_a_circle_are_a_bad_row() -> None:
+    circle: dict[str, Any] = {"prompt": "q", "completion": "a"}
+    circle["self"] = circle
+    (row,) = conversations(in_memory([circle], "s", "dataset"))
+    assert isinstance(row, Reject)
+    assert row.reason == "nested too deeply"

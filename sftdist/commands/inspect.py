@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sftdist.assets import quickstart
-from sftdist.commands.inspect_views import print_terminal, write_html
+from sftdist.commands.inspect_page import write_html
+from sftdist.commands.inspect_views import print_terminal
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
 from sftdist.data.clean import Rules, normalise

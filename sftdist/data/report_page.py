@@ -7,18 +7,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sftdist.core.storage import write_json, write_text
+from sftdist.data.pages import page_template
 from sftdist.data.report_charts import Histogram, axis_of, bar, histogram
-from sftdist.data.report_verdict import KEPT, STAGE_NAMES, WORDS, percent, rows
+from sftdist.data.report_verdict import KEPT, NOTES, STAGE_NAMES, WORDS, percent, rows
 from sftdist.data.store import SPLITS
 
 PAGE = "report.html"
-PAGES = Path(__file__).parent / "pages"
 SHOWN_CHARACTERS = 3000  # of a sample conversation
+SHOWN_OF_PAIR = 800
 SIGNS = {"fit": "✓", "look": "!", "unfit": "✗"}
+NOTE_SIGNS = {**SIGNS, "fit": "·"}
 # Sections that other parts fill, in the order of the page; whatever they hold is shown as plain tables.
 PER_SOURCE = {
     "rules": "Normalising rules: rows changed",
@@ -36,19 +37,22 @@ OVER_ALL = {
 
 def page(report: Mapping[str, Any]) -> str:
     """The page of a judged report (see `report_verdict.judged`); everything from the data is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    template = page_template(
+        "report.html",
+        filters={"percent": percent, "rows": rows, "words": _words, "figure": _figure},
+        tests={"table": _is_table},
     )
-    environment.filters |= {"percent": percent, "rows": rows, "words": _words, "figure": _figure}
-    environment.tests |= {"table": _is_table}
-    return environment.get_template("report.html").render(
+    return template.render(
         report=report,
         words=WORDS,
         signs=SIGNS,
+        notes=NOTES,
+        note_signs=NOTE_SIGNS,
         stage_names=STAGE_NAMES,
         splits=SPLITS,
         lengths=list(_lengths(report)),
         funnels={name: list(_funnel(source["stages"])) for name, source in report["sources"].items()},
+        pairs={name: found for name, source in report["sources"].items() if (found := list(_pairs(source)))},
         coverage=list(_coverage(report)),
         per_source={
             title: found
@@ -59,6 +63,23 @@ def page(report: Mapping[str, Any]) -> str:
         samples=list(_samples(report["conversations"])),
         bar=bar,
     )
+
+
+def _pairs(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Per stage a few rows with their twins, and whether they left or were only found."""
+    for stage, pairs in source.get("examples", {}).items():
+        if pairs:
+            name = STAGE_NAMES.get(stage, _words(stage))
+            left = source["stages"].get(stage, {"rows": 0})["rows"]
+            number = left or source.get("found", {}).get(stage, len(pairs))
+            shown = [
+                {**pair, "text": _short(pair.get("text")), "twin_text": _short(pair.get("twin_text"))} for pair in pairs
+            ]
+            yield {"title": name, "left": bool(left), "rows": number, "pairs": shown}
+
+
+def _short(text: str | None) -> str:
+    return "" if text is None else text if len(text) <= SHOWN_OF_PAIR else f"{text[:SHOWN_OF_PAIR]} ..."
 
 
 def _lengths(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

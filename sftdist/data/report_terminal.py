@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sftdist.data.report_verdict import WORDS, percent
+from sftdist.data.report_verdict import NOTES, WORDS, percent
 
 SHOWN_FINDINGS = 3  # of each source; the page has all
 STYLES = {"fit": "green", "look": "yellow", "unfit": "bold red"}
@@ -47,7 +47,7 @@ def show_report(report: Mapping[str, Any], page: Path, console: Console) -> None
 
 def _print_findings(name: str, findings: list[dict[str, str]], console: Console) -> None:
     for finding in findings[:SHOWN_FINDINGS]:
-        line = f"{name}: {WORDS[finding['level']].lower()}: {finding['text']}"
-        console.print(Text(line, style=STYLES[finding["level"]]), soft_wrap=True)
+        line = f"{name}: {NOTES[finding['level']]}: {finding['text']}"
+        console.print(Text(line, style="" if finding["level"] == "fit" else STYLES[finding["level"]]), soft_wrap=True)
     if len(findings) > SHOWN_FINDINGS:
         console.print(Text(f"{name}: {len(findings) - SHOWN_FINDINGS} more in the report"), soft_wrap=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 FIT, LOOK, UNFIT = "fit", "look", "unfit"
 LEVELS = (UNFIT, LOOK, FIT)
+WORDS = {FIT: "Fit", LOOK: "Look at this first", UNFIT: "Not fit"}
+NOTES = {FIT: "note", LOOK: "look at", UNFIT: "not fit"}  # what a single finding is
 
 MUCH, MOST = 0.05, 0.5  # of the rows read, for what leaves or is found at one stage
 LOST, LOST_MOST = 0.01, 0.2  # of the supervised tokens, for what data.max_len costs
@@ -20,7 +22,7 @@ STAGE_NAMES = {
     "read": "read",
     "left_out": "left out by the row function",
     "bad": "bad: cannot be parsed",
-    "contract": "breach of the contract",
+    "breach": "breach of the contract",
     "cut_off": "answer cut off or empty",
     "contaminated": "in or near an evaluation prompt",
     "duplicate": "exact duplicate",
@@ -35,7 +37,7 @@ STAGE_NAMES = {
     "holdout": "holdout",
 }
 KEPT = ("read", "kept", "train", "validation", "holdout")
-FAULTS = ("bad", "refused", "contract", "cut_off", "contradiction")  # of the data, not only of its abundance
+FAULTS = ("bad", "refused", "breach", "cut_off", "contradiction")  # of the data, not only of its abundance
 Finding = dict[str, str]
 
 
@@ -147,9 +149,6 @@ def _required(report: Mapping[str, Any]) -> Iterator[Finding]:
             have = sum(count.get(label, 0) for count in counts)
             if have < number:
                 yield _finding(UNFIT, f"{kind}: {rows(have)} of {label}, required {number:,}")
-
-
-WORDS = {FIT: "Fit", LOOK: "Look at this first", UNFIT: "Not fit"}
 
 
 def percent(share: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import os
 import subprocess
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 
 from sftdist.commands.inspect import run
+from sftdist.commands.inspect_page import write_html
 from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError
 from sftdist.core.settings import InspectConfig
 from sftdist.data.template import BUILT_IN
+from tests.pages import foreign_parts, parsed
 from tests.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -128,20 +132,79 @@ def test_a_marker_of_several_tokens(folder: Path) -> None:
     assert "".join(token["text"] for token in line["tokens"]) == line["text"]
 
 
+def test_the_page_holds_every_token_its_id_and_its_weight(folder: Path) -> None:
+    page = parsed(inspect(folder, output="html"))
+    rows = [line for line in lines(folder) if line["tokens"]]
+    assert [texts for texts in page.pres] == [[token["text"] for token in line["tokens"]] for line in rows]
+    assert page.ids == [" ".join(str(token["id"]) for token in line["tokens"]) for line in rows]
+    supervised = [[t["text"] for t in line["tokens"] if t["supervised"]] for line in rows]
+    assert page.trained == supervised
+    assert page.refusals == 3
+
+
+HOSTILE = '</script><b onclick="x">&amp;</pre><img src=http://x.y/z>'
+
+
 def test_the_page_is_one_file_and_escapes_text(folder: Path) -> None:
-    page = inspect(folder, output="html")
-    assert "<b>" not in page
-    assert "&lt;" in page
-    assert "http" not in page
-    assert "<script" not in page
-    assert page.count('class="refused"') == 3
-    assert 'class="on"' in page
+    token = {"id": 7, "text": HOSTILE, "start": 1, "end": 1 + len(HOSTILE), "role": HOSTILE, "turn": 0}
+    tokens = [{**token, "supervised": True, "weight": 0.25}]
+    row = {"id": HOSTILE, "text": f"<{HOSTILE}<b>", "tokens": tokens, "supervised_text": [], "refused": HOSTILE}
+    out = io.StringIO()
+    write_html([row], out)
+    page = out.getvalue()
+    assert foreign_parts(page) == []
+    assert parsed(page).trained == [[HOSTILE]]
+    assert 'data-w="0.25" style="--w:0.25"' in page
+    escaped = html.escape(HOSTILE)
+    for place in range(page.count(escaped)):  # what each of its places would be without escaping
+        parts = page.split(escaped)
+        wrong = escaped.join(parts[: place + 1]) + HOSTILE + escaped.join(parts[place + 1 :])
+        assert foreign_parts(wrong) != []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '<script src="a.js"></script>',
+        '<link rel="stylesheet" href="a.css">',
+        "<style>@import 'a.css';</style>",
+        "<style>p { background: url(a.png) }</style>",
+        "<script>fetch('a.json')</script>",
+        "<p onclick='x()'></p>",
+        "<p><b>of a row</b></p>",
+    ],
+)
+def test_what_does_not_belong_into_a_page_is_seen(wrong: str) -> None:
+    out = io.StringIO()
+    write_html([], out)
+    assert foreign_parts(out.getvalue()) == []
+    assert foreign_parts(out.getvalue().replace("</main>", f"</main>{wrong}")) != []
+
+
+def test_a_pack_is_headed_and_its_documents_say_where_they_are(folder: Path) -> None:
+    rows = lines(folder, "limit=2")
+    start = len(rows[0]["tokens"])
+    common = {"packs": 2, "documents": 1, "tokens": 40, "pack_tokens": 64}
+    packs = [{"number": 0, "start": 0, **common}, {"number": 1, "start": start, **common}]
+    out = io.StringIO()
+    write_html(({**row, "pack": pack} for row, pack in zip(rows, packs, strict=True)), out)
+    page = out.getvalue()
+    assert page.count('class="pack"') == 2
+    assert "pack 2 of 2 <small>1 document, 40 of 64 tokens" in page
+    assert f"{start:,} to {start + len(rows[1]['tokens']):,} of the pack" in page
 
 
 def test_the_terminal_view_counts(folder: Path) -> None:
     shown = inspect(folder, output="terminal")
     assert "6 rows, 3 refused" in shown
     assert "refused: template drops the reasoning" in shown
+
+
+def test_what_is_trained_can_be_told_where_there_are_no_colours(folder: Path) -> None:
+    shown = inspect(folder, output="terminal")
+    assert "⟦Again<|im_end|>⟧" in shown
+    assert "⟦b<|im_end|>⟧(weight 0.5)" in shown
+    assert "⟦a" not in shown
 
 
 def test_config_errors(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,8 @@ from sftdist.core.errors import ConfigError
 from sftdist.core.settings import TrainOn
 from sftdist.data.answer_rules import RULES, UNITS, Breach, Check, Fault, TooSlow, meant, unknown
 from sftdist.data.answer_schema import schema_check
+from sftdist.data.answers import trained_answers
 from sftdist.data.contract_file import read_contract_file, read_file
-from sftdist.data.mask import trained_turns
-from sftdist.data.render import Unproven
 from sftdist.data.schema import Conversation
 
 __all__ = ["Breach", "Contract", "breaches_of"]
@@ -80,18 +79,6 @@ def breaches_of(contract: Contract, conversation: Conversation, train_on: TrainO
         for turn, answer in trained_answers(conversation, train_on)
         for breach in contract.breaches(answer)
     ]
-
-
-def trained_answers(conversation: Conversation, train_on: TrainOn) -> Iterator[tuple[int, str]]:
-    """The number and the content of each assistant turn that is trained and says something."""
-    try:
-        turns = trained_turns(conversation.messages, train_on)
-    except Unproven:
-        return  # nothing is trained: the row is refused, and says so
-    for number, place in turns.items():
-        message = conversation.messages[place]
-        if message.content or not message.tool_calls:
-            yield number, message.content
 
 
 def _schema(folder: Path, value: Any, see: Callable[[bytes], None]) -> Check:

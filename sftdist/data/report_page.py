@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sftdist.core.storage import write_json, write_text
 from sftdist.data.pages import page_template
 from sftdist.data.report_charts import Histogram, axis_of, bar, histogram
-from sftdist.data.report_verdict import KEPT, NOTES, STAGE_NAMES, WORDS, percent, rows
+from sftdist.data.report_verdict import KEPT, NOTES, WORDS, percent, rows, stage_name
 from sftdist.data.store import SPLITS
 
 PAGE = "report.html"
@@ -39,7 +39,7 @@ def page(report: Mapping[str, Any]) -> str:
     """The page of a judged report (see `report_verdict.judged`); everything from the data is escaped."""
     template = page_template(
         "report.html",
-        filters={"percent": percent, "rows": rows, "words": _words, "figure": _figure},
+        filters={"percent": percent, "rows": rows, "words": _words, "figure": _figure, "stage": stage_name},
         tests={"table": _is_table},
     )
     return template.render(
@@ -48,11 +48,10 @@ def page(report: Mapping[str, Any]) -> str:
         signs=SIGNS,
         notes=NOTES,
         note_signs=NOTE_SIGNS,
-        stage_names=STAGE_NAMES,
         splits=SPLITS,
         lengths=list(_lengths(report)),
         funnels={name: list(_funnel(source["stages"])) for name, source in report["sources"].items()},
-        pairs={name: found for name, source in report["sources"].items() if (found := list(_pairs(source)))},
+        pairs={name: twins for name, source in report["sources"].items() if (twins := list(_pairs(source)))},
         coverage=list(_coverage(report)),
         per_source={
             title: found
@@ -69,7 +68,7 @@ def _pairs(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Per stage a few rows with their twins, and whether they left or were only found."""
     for stage, pairs in source.get("examples", {}).items():
         if pairs:
-            name = STAGE_NAMES.get(stage, _words(stage))
+            name = stage_name(stage)
             left = source["stages"].get(stage, {"rows": 0})["rows"]
             number = left or source.get("found", {}).get(stage, len(pairs))
             shown = [
@@ -122,7 +121,7 @@ def _funnel(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]
         gone = stage not in KEPT
         rest -= number if gone else 0
         shares = [("nothing", max(0, rest) / whole), ("lost", number / whole)] if gone else [("kept", number / whole)]
-        label = f"{STAGE_NAMES.get(stage, stage)}: {rows(number)}"
+        label = f"{stage_name(stage)}: {rows(number)}"
         yield {"stage": stage, "gone": gone, "part": stage in SPLITS, "bar": bar(shares, label), **count}
 
 

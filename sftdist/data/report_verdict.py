@@ -83,7 +83,7 @@ def _stages(stages: Mapping[str, Any]) -> Iterator[Finding]:
             continue
         share = count["rows"] / max(1, read)
         level = _level(share, 0 if stage in FAULTS else MUCH, MOST)
-        yield _finding(level, f"{rows(count['rows'])} ({percent(share)} of those read) left: {STAGE_NAMES[stage]}")
+        yield _finding(level, f"{rows(count['rows'])} ({percent(share)} of those read) left: {stage_name(stage)}")
     if not stages["train"]["rows"]:
         yield _finding(UNFIT, "no row is left to train on")
 
@@ -94,8 +94,7 @@ def _found(source: Mapping[str, Any]) -> Iterator[Finding]:
         if count:
             share = count / max(1, source["stages"]["read"]["rows"])
             level = _level(share, 0 if stage in FAULTS else MUCH, MOST)
-            what = STAGE_NAMES.get(stage, stage.replace("_", " "))
-            yield _finding(level, f"{rows(count)} ({percent(share)}) found and kept: {what}")
+            yield _finding(level, f"{rows(count)} ({percent(share)}) found and kept: {stage_name(stage)}")
 
 
 def _overlong(training: Mapping[str, Any], name: str, train: Mapping[str, Any]) -> Iterator[Finding]:
@@ -149,6 +148,11 @@ def _required(report: Mapping[str, Any]) -> Iterator[Finding]:
             have = sum(count.get(label, 0) for count in counts)
             if have < number:
                 yield _finding(UNFIT, f"{kind}: {rows(have)} of {label}, required {number:,}")
+
+
+def stage_name(stage: str) -> str:
+    """What a stage is called for a person."""
+    return STAGE_NAMES.get(stage, stage.replace("_", " "))
 
 
 def percent(share: float) -> str:

@@ -135,7 +135,7 @@ def test_a_marker_of_several_tokens(folder: Path) -> None:
 def test_the_page_holds_every_token_its_id_and_its_weight(folder: Path) -> None:
     page = parsed(inspect(folder, output="html"))
     rows = [line for line in lines(folder) if line["tokens"]]
-    assert [texts for texts in page.pres] == [[token["text"] for token in line["tokens"]] for line in rows]
+    assert page.pres == [[token["text"] for token in line["tokens"]] for line in rows]
     assert page.ids == [" ".join(str(token["id"]) for token in line["tokens"]) for line in rows]
     supervised = [[t["text"] for t in line["tokens"] if t["supervised"]] for line in rows]
     assert page.trained == supervised

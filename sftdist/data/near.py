@@ -138,16 +138,20 @@ def words(text: str) -> NDArray[np.uint64]:
 
 def shingle_hashes(hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint32]:
     """A hash of each `size` words in a row; of a shorter text, one of all its words."""
-    size = min(size, len(hashes))
-    if not size:
-        return np.empty(0, dtype=np.uint32)
+    return ((grams(hashes, min(size, len(hashes))) * SPREAD) >> np.uint64(32)).astype(np.uint32)
+
+
+def grams(hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+    """64 bits for each `size` words in a row; none for a shorter text or a size of 0."""
+    if not 0 < size <= len(hashes):
+        return np.empty(0, dtype=np.uint64)
     number = len(hashes) - size + 1
     mixed = hashes ^ (hashes >> np.uint64(32))
     powers = _powers(WORD_BASE, size)
     total = np.zeros(number, dtype=np.uint64)
     for j in range(size):
         total += mixed[j : j + number] * powers[j]
-    return ((total * SPREAD) >> np.uint64(32)).astype(np.uint32)
+    return total
 
 
 def _minima(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -216,12 +220,16 @@ def near_twins(signatures: Signature, near: Near, rows: Rows | None = None) -> R
     return np.where(twin == none, -1, twin)
 
 
-def near_of(a: Signature, b: Signature, near: Near) -> Rows:
-    """For each row of `a` [n, 128] a row of `b` [m, 128] that it was found near to, or -1; crowded bands as above."""
+def near_of(a: Signature, b: Signature, near: Near, common: NDArray[np.bool_] | None = None) -> Rows:
+    """For each row of `a` [n, 128] a row of `b` [m, 128] that it was found near to, or -1; crowded bands as above.
+
+    `common`: the common shingles, by default those of `a` and those of `b`.
+    """
     none = len(b)
     found = np.full(len(a), none, dtype=np.int64)
     of_a, of_b = _not_empty(a, np.arange(len(a))), _not_empty(b, np.arange(len(b)))
-    common = common_shingles(a, of_a) | common_shingles(b, of_b)
+    if common is None:
+        common = common_shingles(a, of_a) | common_shingles(b, of_b)
     of_b = _apart_from_equals(b, of_b, np.full(none, none, dtype=np.int64))
     if not len(of_b):
         return np.full(len(a), -1, dtype=np.int64)
@@ -351,7 +359,8 @@ def _alike(a: Signature, b: Signature, near: Near, common: NDArray[np.bool_]) ->
 
 
 def common_shingles(signatures: Signature, rows: Rows) -> NDArray[np.bool_]:
-    """[65536]: whether the shingles of a 16-bit id are in so many of the rows that they are a template."""
+    """[65536] over some rows, none of them empty: which 16-bit ids are of shingles that so many of them have that they
+    are a template."""
     counts = np.zeros(2**16, dtype=np.int64)
     for part in _parts(rows):
         ids = np.sort(_shingle_ids(signatures[part]), axis=1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sftdist.core.errors import ConfigError
 from sftdist.core.settings import Reasoning, TrainOn
 from sftdist.data.message import Message
 from sftdist.data.render import Unproven
+
+OPTIONAL_FIELDS = ("reasoning", "tools", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,33 @@ class Refusal:
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Which assistant turns are trained, what happens to reasoning, and whether each turn is a sample of its own."""
+    """Which assistant turns are trained, what happens to reasoning, and whether each turn is a sample of its own.
+
+    `allow_unrendered`: fields that a row may lose where the template never renders them (OPTIONAL_FIELDS); else it is
+    refused. `ConfigError` for other words.
+    """
 
     train_on: TrainOn = TrainOn.all
     reasoning: Reasoning = Reasoning.keep
     expand_turns: bool = False
+    allow_unrendered: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [field for field in self.allow_unrendered if field not in OPTIONAL_FIELDS]
+        if unknown:
+            required = " | ".join(OPTIONAL_FIELDS)
+            raise ConfigError(f"data.allow_unrendered: given {', '.join(map(str, unknown))}, required {required}")
+
+
+def without_field(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], field: str
+) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]]]:
+    """The conversation without one of OPTIONAL_FIELDS. The name of a tool's result stays: some templates need it."""
+    if field == "tools":
+        return messages, ()
+    if field == "reasoning":
+        return [replace(m, reasoning=None) for m in messages], tools
+    return [m if m.role == "tool" else replace(m, name=None) for m in messages], tools
 
 
 def trained_turns(messages: Sequence[Message], train_on: TrainOn) -> dict[int, int]:

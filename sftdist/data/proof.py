@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from sftdist.data.message import Message
-from sftdist.data.render import DROPPED_ADVICE, RENDER_ERRORS, Unproven, as_dict
+from sftdist.data.render import DROPPED_ADVICE, Unproven, as_dict
 from sftdist.data.spans import Locator, Turn
 
 MAX_FRAMES = 4096
@@ -25,20 +25,17 @@ def prove_turn(found: Locator, turn: Turn, frames: set[str]) -> None:
     `frames` remembers the frames that were proven already; a new one costs two more renders.
     """
     message, span = found.messages[turn.index], turn.completion[: turn.end]
-    closing = found.closing
-    if closing.marker in message.content or (message.reasoning and closing.marker in message.reasoning):
-        given = f"turn {turn.number} holds the end-of-turn marker {closing.marker!r} in its own text"
-        raise Unproven(
-            "end-of-turn marker inside a message", f"{given}: it would train the model to stop there", turn.number
-        )
+    _require_no_stop(found, message, turn.number)
     if message.tool_calls:
         _prove_calls(message, span, turn.number)
         _prove_alone(found, turn)
         return
-    body = span.removesuffix(closing.marker).rstrip()
-    content = message.content.strip()
+    content = message.content
+    body = span.removesuffix(found.closing.marker)
     if not body.endswith(content):
-        raise _not_held("content", content, span, turn.number)
+        body = body.rstrip()  # white space that the template writes before the marker
+        if not body.endswith(content):
+            raise _not_held("content", content, span, turn.number)
     frame = body[: len(body) - len(content)]
     if message.reasoning is not None:
         reasoning = message.reasoning.strip()
@@ -51,16 +48,31 @@ def prove_turn(found: Locator, turn: Turn, frames: set[str]) -> None:
             frames.add(frame)
 
 
+def _require_no_stop(found: Locator, message: Message, number: int) -> None:
+    """A token that ends a turn, written inside one, would train the model to stop there."""
+    for stop in (*found.closing.markers, *found.stop_texts):
+        if stop in message.content or stop in (message.reasoning or ""):
+            given = f"turn {number} holds the end-of-turn marker {stop!r} in its own text"
+            advice = "it would train the model to stop there; take it out, or set `train: false` for that turn"
+            raise Unproven("end-of-turn marker inside a message", f"{given}: {advice}", number)
+
+
 def _prove_calls(message: Message, span: str, number: int) -> None:
-    for what, text in (("content", message.content), ("reasoning", message.reasoning or "")):
-        if text.strip() not in span:
-            raise _not_held(what, text.strip(), span, number)
+    for what, text in (("content", message.content), ("reasoning", (message.reasoning or "").strip())):
+        if text not in span:
+            raise _not_held(what, text, span, number)
     for text in _call_texts(message):
         if not any(form in span for form in written_forms(text)):
             raise _not_held("tool call", text, span, number)
 
 
 def _not_held(what: str, text: str, span: str, number: int) -> Unproven:
+    if what == "content" and text.strip() in span:
+        reason = "template strips white space of an answer"
+        detail = (
+            f"turn {number} is {_short(text)}, its render {_short(span)}; data.normalise.template_trim=true strips it"
+        )
+        return Unproven(reason, f"{detail} first, and counts it", number)
     if what == "content" and "</think>" in text:
         advice = "the template moves or removes the thinking in it: give that in the field `reasoning_content`"
     elif what == "reasoning":
@@ -77,16 +89,14 @@ def _prove_alone(found: Locator, turn: Turn) -> None:
         m if i == turn.index else replace(m, content=f"{OTHER_TEXT} {i}" if m.content else "")
         for i, m in enumerate(found.messages[: turn.index + 1])
     ]
-    dicts = [as_dict(m, found.dialect) for m in others]
     try:
-        prompt = found.renderer.raw(dicts[: turn.index], found.tools, prompt=True)
-        whole = found.renderer.raw(dicts, found.tools)
-    except RENDER_ERRORS as problem:
+        _, completion = found.emitted(turn.index, turn.number, [as_dict(m, found.dialect) for m in others])
+    except Unproven as problem:
         raise Unproven(
             "turn depends on other messages", f"with other texts around it: {problem}", turn.number
         ) from problem
-    if whole[len(prompt) :] != turn.completion or not whole.startswith(prompt):
-        given = f"{_short(turn.completion)} becomes {_short(whole[len(prompt) :])} when the other messages change"
+    if completion != turn.completion:
+        given = f"{_short(turn.completion)} becomes {_short(completion)} when the other messages change"
         raise Unproven("turn depends on other messages", given, turn.number)
 
 

@@ -11,7 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from enum import Enum
+from itertools import chain
+from typing import Any, NamedTuple
 
 from jinja2 import Template
 from jinja2.exceptions import TemplateError
@@ -27,9 +29,20 @@ RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeErr
 DROPPED_ADVICE = "use a template that renders it, or take the field out of the data"
 MAX_STRUCTURES = 4096  # cached ones; data with more different structures is rendered right, only slower
 
-# Per message: role, has content, has reasoning, number of tool calls.
-Structure = tuple[tuple[str, bool, bool, int], ...]
-PLAIN: Structure = (("user", True, False, 0), ("assistant", True, False, 0))
+
+class Shape(NamedTuple):
+    """What a message consists of; `name`: it names a speaker, or a tool that no call names."""
+
+    role: str
+    content: bool = True
+    reasoning: bool = False
+    calls: int = 0
+    name: bool = False
+
+
+Structure = tuple[Shape, ...]
+PLAIN: Structure = (Shape("user"), Shape("assistant"))
+CALLING: Structure = (Shape("user"), Shape("assistant", content=False, calls=1), Shape("tool"), Shape("assistant"))
 
 
 class Unproven(Exception):
@@ -40,30 +53,46 @@ class Unproven(Exception):
         self.reason, self.detail, self.turn = reason, detail, turn
 
 
+class Unrendered(Unproven):
+    """A field of the row that the template leaves out: `reasoning`, `tools` or `name`."""
+
+    def __init__(self, field: str, what: str) -> None:
+        given = f"{what} is not in the render, in whatever form it is given"
+        advice = f"{DROPPED_ADVICE}, or accept it with data.allow_unrendered=[{field}]"
+        super().__init__(f"template drops {what}", f"{given}; {advice}")
+        self.field, self.what = field, what
+
+
+class Empty(Enum):
+    """How a turn that only calls tools says that it has no content."""
+
+    text = "an empty text"
+    absent = "no key"
+    null = "null"
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How a template wants what its authors never agreed on."""
 
     parts: bool = False  # content as [{"type": "text", "text": ...}], the form of vision models
     arguments_as_text: bool = False  # tool call arguments as a JSON string
-    omit_empty: bool = False  # no `content` key in a turn that only calls tools
+    empty: Empty = Empty.text
 
 
 DIALECTS = (
-    Dialect(),
-    Dialect(omit_empty=True),
-    Dialect(arguments_as_text=True),
-    Dialect(arguments_as_text=True, omit_empty=True),
-    Dialect(parts=True),
-    Dialect(parts=True, omit_empty=True),
+    *(Dialect(arguments_as_text=as_text, empty=empty) for as_text in (False, True) for empty in Empty),
+    *(Dialect(parts=True, empty=empty) for empty in Empty),
 )
 
 
 def as_dict(message: Message, dialect: Dialect) -> dict[str, Any]:
     """The mapping that a template sees; reasoning under both names that templates read (as transformers gives it)."""
     given: dict[str, Any] = {"role": message.role}
-    if message.content or not (dialect.omit_empty and message.tool_calls):
+    if message.content or not message.tool_calls or dialect.empty is Empty.text:
         given["content"] = [{"type": "text", "text": message.content}] if dialect.parts else message.content
+    elif dialect.empty is Empty.null:
+        given["content"] = None
     if message.reasoning is not None:
         given["reasoning_content"] = given["thinking"] = message.reasoning
     if message.tool_calls:
@@ -89,7 +118,7 @@ class Renderer:
         self._template: Template = _compile_jinja_template(text)
         self._template.globals = dict(self._template.globals)  # copied at each render: from a ChainMap that is slow
         self._constants = {"documents": None, **constants, "strftime_now": CLOCK.strftime}
-        self._dialects: dict[tuple[Structure, bool, bool], Dialect | Unproven] = {}
+        self._dialects: dict[tuple[Structure, bool, bool, bool], Dialect | Unproven] = {}
 
     def raw(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], *, prompt: bool = False) -> str:
         """Render mappings; `prompt` adds the generation prompt. Raises what the template raises (RENDER_ERRORS)."""
@@ -115,27 +144,41 @@ class Renderer:
         except RENDER_ERRORS:
             return ""
 
-    def dialect(self, messages: Sequence[Message], *, tools: bool, prompt: bool = False) -> Dialect:
+    def dialect(
+        self, messages: Sequence[Message], *, tools: bool, prompt: bool = False, without_reasoning: bool = False
+    ) -> Dialect:
         """The first dialect in which every field of such a conversation reaches the render.
 
-        `Unproven` if there is none: the template refuses the structure, or drops a field in every dialect.
+        `Unproven` if there is none: the template refuses the structure, or drops a field in every dialect, which is
+        `Unrendered` where the row can do without it. `without_reasoning`: no reasoning need be in the render.
         """
-        structure = tuple((m.role, bool(m.content), m.reasoning is not None, len(m.tool_calls)) for m in messages)
-        key = (structure, tools, prompt)
+        key = (structure_of(messages), tools, prompt, without_reasoning)
         found = self._dialects.get(key)
         if found is None:
             if len(self._dialects) >= MAX_STRUCTURES:
                 self._dialects.clear()
-            found = self._dialects[key] = self._try_dialects(structure, tools, prompt)
+            found = self._dialects[key] = self._try_dialects(*key)
+        if isinstance(found, Unrendered):
+            raise Unrendered(found.field, found.what)
         if isinstance(found, Unproven):
             raise Unproven(found.reason, found.detail)
         return found
 
-    def _try_dialects(self, structure: Structure, tools: bool, prompt: bool) -> Dialect | Unproven:
+    def _try_dialects(
+        self, structure: Structure, tools: bool, prompt: bool, without_reasoning: bool
+    ) -> Dialect | Unproven:
         messages, sentinels = sentinel_messages(structure)
         tool_list = [sentinel_tool()] if tools else []
         if tools:
-            sentinels = {**sentinels, TOOL_SENTINEL: "the list of tools"}
+            sentinels = {**sentinels, TOOL_SENTINEL: LIST_OF_TOOLS}
+        # Reasoning may be dropped once others have spoken: it has to show where its turn is the last.
+        thinking = [i for i, shape in enumerate(structure) if shape.reasoning and not without_reasoning]
+        if thinking and thinking[-1] == len(structure) - 1:
+            sentinels[reasoning_sentinel(thinking[-1])] = "the reasoning of the last assistant turn"
+        elif thinking:
+            found = self._try_dialects(structure[: thinking[-1] + 1], tools, False, False)
+            if isinstance(found, Unrendered) and found.field == "reasoning":
+                return found
         problems: list[tuple[Dialect, Unproven]] = []
         for dialect in DIALECTS:
             try:
@@ -146,15 +189,17 @@ class Renderer:
             missing = next((what for sentinel, what in sentinels.items() if sentinel not in text), None)
             if missing is None:
                 return dialect
-            given = f"{missing} is not in the render, in whatever form it is given"
-            problems.append((dialect, Unproven(f"template drops {missing}", f"{given}; {DROPPED_ADVICE}")))
+            problems.append((dialect, _dropped(missing)))
         return self._most_telling(problems, structure)
 
     def _most_telling(self, problems: Sequence[tuple[Dialect, Unproven]], structure: Structure) -> Unproven:
-        """The problem in the form of content that the template takes; of these, one that is not a plain TypeError."""
+        """The problem in the form of content that the template takes: one that the row can do without, else one that
+        is not a plain TypeError."""
         parts = structure != PLAIN and self._plain_dialect().parts
         same_form = [problem for dialect, problem in problems if dialect.parts == parts]
-        return next((p for p in same_form if not p.detail.startswith("TypeError")), same_form[0])
+        unrendered = (problem for problem in same_form if isinstance(problem, Unrendered))
+        told = (problem for problem in same_form if not problem.detail.startswith("TypeError"))
+        return next(chain(unrendered, told), same_form[0])
 
     def _plain_dialect(self) -> Dialect:
         try:
@@ -170,7 +215,27 @@ def refused_by_template(problem: BaseException) -> tuple[str, str]:
     return f"refused by the template ({said[:80]})", said
 
 
+def _dropped(what: str) -> Unproven:
+    for field, start in (("reasoning", "the reasoning"), ("tools", LIST_OF_TOOLS), ("name", "the name of the speaker")):
+        if what.startswith(start):
+            return Unrendered(field, what)
+    given = f"{what} is not in the render, in whatever form it is given"
+    return Unproven(f"template drops {what}", f"{given}; {DROPPED_ADVICE}")
+
+
 TOOL_SENTINEL = "sentineltool"
+LIST_OF_TOOLS = "the list of tools"
+
+
+def structure_of(messages: Sequence[Message]) -> Structure:
+    """What a template's decisions depend on, beside the texts."""
+    called = {call["function"]["name"] for m in messages for call in m.tool_calls}
+    return tuple(
+        Shape(
+            m.role, bool(m.content), m.reasoning is not None, len(m.tool_calls), bool(m.name) and m.name not in called
+        )
+        for m in messages
+    )
 
 
 def sentinel_tool() -> dict[str, Any]:
@@ -186,31 +251,38 @@ def sentinel_tool() -> dict[str, Any]:
 def sentinel_messages(structure: Structure) -> tuple[list[Message], dict[str, str]]:
     """Messages of that structure whose every field is a word found nowhere else, and what each word stands for.
 
-    The reasoning of turns before the last one may be dropped by a template: that is what happens at inference.
+    The words of reasoning are not among them: a template may drop it (see `_try_dialects`).
     """
     messages, sentinels = [], {}
-    last = max((i for i, (role, *_) in enumerate(structure) if role == "assistant"), default=-1)
-    for i, (role, has_content, has_reasoning, calls) in enumerate(structure):
-        content = f"sentinelcontent{i}x" if has_content else ""
+    called = TOOL_SENTINEL
+    for i, shape in enumerate(structure):
+        content = f"sentinelcontent{i}x" if shape.content else ""
         if content:
-            sentinels[content] = f"the content of {_a(role)} message" + (" with tool calls" if calls else "")
-        reasoning = f"sentinelreasoning{i}x" if has_reasoning else None
-        if reasoning and i == last:
-            sentinels[reasoning] = "the reasoning of the last assistant turn"
-        for c in range(calls):
-            sentinels[f"sentinelname{i}x{c}x"] = "the name of a tool call"
+            sentinels[content] = f"the content of {_a(shape.role)} message" + (
+                " with tool calls" if shape.calls else ""
+            )
+        for c in range(shape.calls):
+            called = f"sentinelname{i}x{c}x"
+            sentinels[called] = "the name of a tool call"
             sentinels[f"sentinelvalue{i}x{c}x"] = "the arguments of a tool call"
+        name = f"sentinelspeaker{i}x" if shape.name else None
+        if name:
+            sentinels[name] = f"the name of the speaker of {_a(shape.role)} message"
         messages.append(
             Message(
-                role,
+                shape.role,
                 content,
-                reasoning=reasoning,
-                tool_calls=tuple(_sentinel_call(i, c) for c in range(calls)),
-                name=TOOL_SENTINEL if role == "tool" else None,
-                tool_call_id="sentinel0" if role == "tool" else None,
+                reasoning=reasoning_sentinel(i) if shape.reasoning else None,
+                tool_calls=tuple(_sentinel_call(i, c) for c in range(shape.calls)),
+                name=name or (called if shape.role == "tool" else None),
+                tool_call_id="sentinel0" if shape.role == "tool" else None,
             )
         )
     return messages, sentinels
+
+
+def reasoning_sentinel(i: int) -> str:
+    return f"sentinelreasoning{i}x"
 
 
 def _a(word: str) -> str:

@@ -37,7 +37,7 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "system": ("developer", "user"),
     "developer": ("user",),
     "user": ("assistant",),
-    "assistant": ("user", "tool"),
+    "assistant": ("user", "tool", "assistant"),
     "tool": ("tool", "assistant"),
 }
 

@@ -21,15 +21,27 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sftdist.core.errors import ConfigError
-from sftdist.data.mask import Encoded, MaskOptions, Refusal, trained_turns, with_reasoning
+from sftdist.data.mask import Encoded, MaskOptions, Refusal, trained_turns, with_reasoning, without_field
 from sftdist.data.message import Message
 from sftdist.data.proof import prove_fields, prove_turn
-from sftdist.data.render import CLOCK, Renderer, Unproven, as_dict, sentinel_messages, sentinel_tool
+from sftdist.data.render import (
+    CALLING,
+    CLOCK,
+    PLAIN,
+    Renderer,
+    Shape,
+    Unproven,
+    Unrendered,
+    as_dict,
+    sentinel_messages,
+    sentinel_tool,
+)
 from sftdist.data.schema import Conversation
 from sftdist.data.spans import Closing, Locator, Span, find_closing
 from sftdist.data.tokens import Encoder, Sample, Tokens
+from sftdist.data.trimming import trimmed_roles
 
-SPANS_VERSION = 1  # raise it when the same row would get other spans: stores made before are then made again
+SPANS_VERSION = 2  # raise it when the same row would get other spans: stores made before are then made again
 BUILT_IN = ("chatml", "llama3")
 
 
@@ -103,10 +115,16 @@ class ChatTemplate:
 
     @cached_property
     def _closing(self) -> Closing | Unproven:
+        stops = {*self._model_stops, self.tokenizer.eos_token_id}
+        ends = self._end_tokens, [self._encoder.added[i] for i in stops if i in self._encoder.added]
         try:
-            return find_closing(self._renderer)
+            return find_closing(self._renderer, *ends)
         except Unproven as problem:
-            return problem
+            found = problem
+        try:  # a template of conversations with tools alone
+            return find_closing(self._renderer, *ends, [sentinel_tool()])
+        except Unproven:
+            return found
 
     @property
     def stop_text(self) -> str | None:
@@ -117,10 +135,15 @@ class ChatTemplate:
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end generation: the end-of-turn marker's, where it is a token, and the tokenizer's EOS."""
         stops = {*self._model_stops, self.tokenizer.eos_token_id}
-        if self.stop_text is not None:
-            last = self._encoder.ids(self.stop_text)[-1]
+        for marker in self._closing.markers if isinstance(self._closing, Closing) else ():
+            last = self._encoder.ids(marker)[-1]
             stops |= {last} if last in self._encoder.added else set()
         return tuple(sorted(i for i in stops if i is not None))
+
+    @cached_property
+    def trimmed_roles(self) -> frozenset[str]:
+        """The roles whose outer white space the template strips, whether always or in some turns only."""
+        return trimmed_roles(self._renderer)
 
     def render(
         self,
@@ -163,22 +186,29 @@ class ChatTemplate:
         except Unproven as problem:
             return [_refusal(conversation.id, problem)]
         if not options.expand_turns:
-            messages = with_reasoning(conversation.messages, options.reasoning)
-            return [self._sample(conversation.id, messages, conversation.tools, trained)]
-        expanded = []
-        for number, index in trained.items():
-            messages = with_reasoning(conversation.messages[: index + 1], options.reasoning)
-            expanded.append(self._sample(f"{conversation.id}#{number}", messages, conversation.tools, {number: index}))
-        return expanded
+            return [self._sample(conversation.id, conversation.messages, conversation.tools, trained, options)]
+        return [
+            self._sample(
+                f"{conversation.id}#{number}",
+                conversation.messages[: index + 1],
+                conversation.tools,
+                {number: index},
+                options,
+            )
+            for number, index in trained.items()
+        ]
 
     def _sample(
-        self, id: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], trained: Mapping[int, int]
+        self,
+        id: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        trained: Mapping[int, int],
+        options: MaskOptions,
     ) -> Sample | Refusal:
         try:
-            if isinstance(self._closing, Unproven):
-                raise Unproven(self._closing.reason, self._closing.detail)
             self._require_no_bos(messages)
-            found = Locator(self._renderer, self._closing, self._stop_texts, messages, tools)
+            found = self._located(with_reasoning(messages, options.reasoning), tools, trained, options.allow_unrendered)
             prove_fields(found, trained.values())
             spans = []
             for number, index in trained.items():
@@ -189,6 +219,25 @@ class ChatTemplate:
             return Sample(id, found.text, tuple(spans))
         except Unproven as problem:
             return _refusal(id, problem)
+
+    def _located(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        trained: Mapping[int, int],
+        optional: Sequence[str],
+    ) -> Locator:
+        """The renders of a conversation, less those `optional` fields that the template never renders."""
+        if isinstance(self._closing, Unproven):
+            raise Unproven(self._closing.reason, self._closing.detail)
+        try:
+            return Locator(self._renderer, self._closing, self._stop_texts, messages, tools, trained)
+        except Unrendered as problem:
+            if problem.field not in optional:
+                raise
+            dropped = problem.field
+        messages, tools = without_field(messages, tools, dropped)
+        return self._located(messages, tools, trained, [field for field in optional if field != dropped])
 
     def _require_no_bos(self, messages: Sequence[Message]) -> None:
         """Where BOS stands is the template's choice; in the text of a message it would be one more."""
@@ -202,8 +251,13 @@ class ChatTemplate:
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
-        stops = {*self._model_stops, self.tokenizer.eos_token_id}
-        return tuple(sorted(self._encoder.added[i] for i in stops if i in self._encoder.added))
+        return tuple(sorted(self._encoder.added[i] for i in self.stop_ids if i in self._encoder.added))
+
+    @cached_property
+    def _end_tokens(self) -> tuple[str, ...]:
+        """Added tokens that may end a turn: all but BOS, which is none."""
+        eos = self.tokenizer.eos_token_id
+        return tuple(t for i, t in self._encoder.added.items() if i != self.bos_token_id or i == eos)
 
     def tokenise(self, samples: Sequence[Sample]) -> list[Tokens | Refusal]:
         """Ids and token ranges of samples, proven by decoding."""
@@ -217,23 +271,11 @@ class ChatTemplate:
 
     def used_token_ids(self) -> set[int]:
         """Added tokens that the template writes into conversations, tool calls included where it supports them."""
-        structures: list[tuple[str, ...]] = [
-            ("user", "assistant"),
-            ("user", "assistant") * 2,
-            ("system", "user", "assistant"),
-        ]
-        text = ""
-        for roles in structures:
-            messages, _ = sentinel_messages(tuple((role, True, False, 0) for role in roles))
+        text = "".join(self._closing.markers) if isinstance(self._closing, Closing) else ""
+        for structure in (PLAIN, PLAIN * 2, (Shape("system"), *PLAIN)):
+            messages, _ = sentinel_messages(structure)
             text += self._render_if_possible(messages) + self._render_if_possible(messages[:-1], prompt=True)
-        calls, _ = sentinel_messages(
-            (
-                ("user", True, False, 0),
-                ("assistant", False, False, 1),
-                ("tool", True, False, 0),
-                ("assistant", True, False, 0),
-            )
-        )
+        calls, _ = sentinel_messages(CALLING)
         text += self._render_if_possible(calls, tools=(sentinel_tool(),))
         return set(self._encoder.ids(text)) & set(self._encoder.added)
 

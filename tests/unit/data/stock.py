@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MARKERS = {
     "diffusion_gemma": "<turn|>",
     "gemma": "<end_of_turn>",
     "gemma4": "<turn|>",
+    "glm4moe": "<|user|>",
     "gptoss": "<|return|>",
     "idefics3": "<end_of_utterance>",
     "lfm2": "<|im_end|>",
@@ -34,7 +36,8 @@ MARKERS = {
     "qwen": "<|im_end|>",
     "smolvlm": "<end_of_utterance>",
 }
-TOOL_STOPS = ("<|call|>", "<|tool_response>")  # what gpt-oss and Gemma 4 list beside it, in generation_config.json
+# What gpt-oss and Gemma 4 list beside it, in generation_config.json, and what GLM's next message begins with.
+TOOL_STOPS = ("<|call|>", "<|tool_response>", "<|observation|>")
 
 TOOL = {
     "type": "function",
@@ -90,6 +93,12 @@ REASONING = talk("reasoning", user("2+2?"), assistant("4", reasoning="Two and tw
 ALL = (*PLAIN, TOOLS, REASONING)
 
 
+def trimmed(conversation: Conversation, roles: frozenset[str]) -> Conversation:
+    """As the rule `template_trim` of cleaning leaves it."""
+    messages = tuple(replace(m, content=m.content.strip()) if m.role in roles else m for m in conversation.messages)
+    return replace(conversation, messages=messages)
+
+
 def stock_text(stem: str) -> str:
     return (FOLDER / f"{stem}.jinja").read_text(encoding="utf-8")
 
@@ -135,13 +144,15 @@ def assert_mask(
     *,
     turns: Sequence[int] | None = None,
     parts: bool = False,
+    behind: str | None = "",
     **arguments: Any,
 ) -> None:
-    """The ids are the conversation as transformers renders it; each trained turn follows exactly what serving sends,
-    holds its message and ends with the marker."""
+    """The ids are the conversation as transformers renders it, and `behind` it what the template leaves unwritten
+    (None: the last turn is rendered without what its prompt begins); each trained turn follows exactly what serving
+    sends, holds its message and ends with the marker."""
     shared = {"tools": list(conversation.tools) or None, "tokenize": False, **arguments}
     whole = tokenizer.apply_chat_template(dicts(conversation.messages, parts=parts), **shared)
-    assert tokenizer.decode(ids) == whole
+    assert behind is None or tokenizer.decode(ids) == whole + behind
     spoken = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     expected = [spoken[turn] for turn in (range(len(spoken)) if turns is None else turns)]
     found = runs(weights)
@@ -152,7 +163,7 @@ def assert_mask(
         sent = tokenizer.apply_chat_template(before, add_generation_prompt=True, **shared)
         assert tokenizer.decode(ids[:start]) == sent, "what precedes the span is what serving sends"
         span = tokenizer.decode(ids[start:end])
-        assert message.content.strip() in span
+        assert message.content in span
         assert (message.reasoning or "").strip() in span
         stops = (marker, *TOOL_STOPS) if message.tool_calls else marker
         assert span.endswith(stops), "the end of the turn is supervised, and nothing behind it"

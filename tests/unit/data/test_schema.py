@@ -101,8 +101,8 @@ def test_provenance_and_id() -> None:
             "f.jsonl:7: messages[0].role: given assistant first, required system or developer or user there",
         ),
         (
-            turns(("user", "q"), ("assistant", "a"), ("assistant", "b")),
-            "f.jsonl:7: messages[2].role: given assistant after assistant, required user or tool there",
+            turns(("user", "q"), ("assistant", "a"), ("developer", "b")),
+            "f.jsonl:7: messages[2].role: given developer after assistant, required user or tool or assistant there",
         ),
         (
             turns(("user", "q"), ("system", "s"), ("assistant", "b")),

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.errors import ConfigError, DataAbsentError, DataError
 from sftdist.core.settings import PrepareConfig, TrainConfig
+from sftdist.core.storage import write_json
 from sftdist.data.build import at_most_every
+from sftdist.data.comparison import Comparison, compare, show_comparison
+from sftdist.data.manifest import MANIFEST, Rows, left_at, read_manifest, rows_behind, rows_of
 from sftdist.data.pipeline import Prepared, PrepareRequest, prepare, survey
 from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.data.report_page import write_report
@@ -38,19 +41,23 @@ REFRESH_SECONDS = 0.25
 class PrepareResult:
     """Where the store of each source is, those of `data.val` and `data.holdout` too, and the data report.
 
-    `page`: the report as a page; its figures are in `report_file` beside it.
+    `page`: the report as a page; its figures are in `report_file` beside it. `comparison`: with the manifest `diff`.
     """
 
     stores: dict[str, Path]
     report: dict[str, Any]
     report_file: Path
     page: Path
+    manifest: Path
+    comparison: Comparison | None = None
 
 
-def run(cfg: TrainConfig) -> PrepareResult:
+def run(cfg: PrepareConfig) -> PrepareResult:
     """Prepare the data of a config and print the report; `DataError` with all problems at once."""
     quickstart.lay_out(cfg)
-    request = request_of(cfg)
+    request = replace(request_of(cfg), lock=cfg.lock)
+    other = None if cfg.diff is None else Path(cfg.diff).expanduser()
+    before = None if other is None else read_manifest(other)  # first of all: it may be the file that is written below
     console = Console(highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
     with ticking(console) as tick:
@@ -58,8 +65,24 @@ def run(cfg: TrainConfig) -> PrepareResult:
     report = judged({**prepared.report, "training": training_figures(cfg, prepared)})
     page = write_report(report, request.store_dir)
     show_report(report, page, console)
+    manifest = request.store_dir / MANIFEST
+    write_json(manifest, prepared.manifest)
+    comparison = None
+    if other is not None and before is not None:
+        comparison = compared(before, prepared, [other.parent, request.store_dir])
+        console.print(f"\ncompared with {other}:", markup=False, soft_wrap=True)
+        show_comparison(comparison, console)
     stores = {name: store.path for name, store in {**prepared.stores, **prepared.held_out}.items()}
-    return PrepareResult(stores, report, page.with_suffix(".json"), page)
+    return PrepareResult(stores, report, page.with_suffix(".json"), page, manifest, comparison)
+
+
+def compared(before: Mapping[str, Any], prepared: Prepared, folders: Sequence[Path]) -> Comparison:
+    """What has changed since an earlier manifest, whose stores may be in any of these folders."""
+    stores = {**prepared.stores, **prepared.held_out}
+    now = Rows({name: rows_of(store) for name, store in stores.items()})
+    return compare(
+        before, prepared.manifest, rows_behind(before, folders), now, lambda name: left_at(stores[name].path)
+    )
 
 
 def training_figures(cfg: TrainConfig, prepared: Prepared) -> dict[str, Any]:
@@ -99,7 +122,7 @@ def show_plan(cfg: TrainConfig) -> None:
     print(f"to tokenise: {missing}, {todo.rows:,} rows" if missing else "all stores are up to date")
 
 
-def command(cfg: TrainConfig) -> int:
+def command(cfg: PrepareConfig) -> int:
     if cfg.dry_run:
         show_plan(cfg)
     else:

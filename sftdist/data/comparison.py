@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from sftdist.data.manifest import Rows
 from sftdist.data.rowset import RowSet, as_keys, first_places, is_place, split_name
@@ -174,7 +173,7 @@ def compare_rows(
             added=[row for key, row, _ in pair.added if not (key in left and came_to[key] == name)],
             dropped=[(row, came_to.get(key)) for key, row, _ in pair.dropped],
             re_split=pair.re_split,
-            left_at=stages(name) if pair.dropped else {},
+            left_at=stages(name) if pair.dropped and name in now else {},
         )
         for name, pair in pairs.items()
     }
@@ -209,18 +208,17 @@ def _changes(
 
 def show_comparison(found: Comparison, console: Console) -> None:
     """Print what changed, source by source, then how the shares of the supervised tokens moved."""
-    lines = [*_lines(found)] or ["the rows are the same, and in the same splits"]
-    for line in lines:
+    rows = [*_row_lines(found.rows)]
+    if found.rows and not rows:
+        rows = [f"{', '.join(found.rows)}: the rows are the same, and in the same splits"]
+    said = [f"{name}: {what}" for name, what in found.made_of.items()]
+    said += [f"{name}: its rows cannot be compared, only their counts: {why}" for name, why in found.gone.items()]
+    for line in (*said, *rows, *_share_lines(found.shares)):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(_share_table(found.shares))
 
 
-def _lines(found: Comparison) -> Iterable[str]:
-    for name, what in found.made_of.items():
-        yield f"{name}: {what}"
-    for name, why in found.gone.items():
-        yield f"{name}: its rows cannot be compared, only their counts: {why}"
-    for name, rows in found.rows.items():
+def _row_lines(sources: Mapping[str, SourceChanges]) -> Iterable[str]:
+    for name, rows in sources.items():
         kinds = {"added": rows.added, "dropped": rows.dropped, "changed (same id, another text)": rows.changed}
         kinds |= {f"moved {to}": some for to, some in rows.moved.items()}
         kinds |= {f"re-split {way}": some for way, some in rows.re_split.items()}
@@ -230,12 +228,10 @@ def _lines(found: Comparison) -> Iterable[str]:
                 yield f"{name}: {some.rows:,} {kind}: {some}" + (f" ({at})" if kind == "dropped" else "")
 
 
-def _share_table(shares: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]) -> Table:
-    table = Table("train split", title="then -> now", title_justify="left")
-    for column in ("rows", "tokens", "supervised", "share of the supervised"):
-        table.add_column(column, justify="right")
+def _share_lines(shares: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]) -> Iterable[str]:
+    """A line a source: a table with both counts of each column does not fit a terminal."""
+    counts = {"rows": "rows", "tokens": "tokens", "targets": "supervised"}
     for name, (then, now) in shares.items():
-        cells = [f"{then[key]:,.0f} -> {now[key]:,.0f}" for key in ("rows", "tokens", "targets")]
-        moved = f"{then['share']:.1%} -> {now['share']:.1%} ({100 * (now['share'] - then['share']):+.1f})"
-        table.add_row(name, *cells, moved)
-    return table
+        moved = ", ".join(f"{then[key]:,.0f} -> {now[key]:,.0f} {what}" for key, what in counts.items())
+        share = f"{then['share']:.1%} -> {now['share']:.1%} of all supervised"
+        yield f"{name}, train: {moved}, {share} ({100 * (now['share'] - then['share']):+.1f})"

@@ -81,6 +81,11 @@ class Data:
                 found[rows.source] = sorted(map(Held, *columns), key=lambda row: row.content)
         return found
 
+    def count(self) -> int:
+        """How many conversations are held out."""
+        keys = [as_keys(rows.contents[rows.split == HOLDOUT]) for rows in self.rows]
+        return len(np.unique(np.concatenate(keys)))
+
 
 def settle(path: Path, action: str | None, data: Data, say: Callable[[str], None]) -> Lock:
     """Hold the data to its lock, or do with the lock what `action` asks for: `write`, `extend` or `withdraw`.

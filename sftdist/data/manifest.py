@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sftdist.core.errors import DataError
-from sftdist.core.storage import read_json
+from sftdist.core.storage import read_json, read_jsonl
+from sftdist.data.build import DROPPED
 from sftdist.data.rowset import RowSet
 from sftdist.data.store import SPLITS, TokenStore
 from sftdist.data.versions import SCHEMA_VERSION
@@ -36,7 +37,7 @@ def data_manifest(
 ) -> dict[str, Any]:
     """Everything that the stores were made of, and their figures; the same for the same data, wherever it lies.
 
-    `holdout`: how many rows are held out, and the lock that they were held to.
+    `holdout`: how many conversations are held out, and the version of the lock that they were held to.
     """
     return {
         "format": MANIFEST_FORMAT,
@@ -124,3 +125,8 @@ def rows_behind(manifest: Mapping[str, Any], folders: Sequence[Path]) -> Rows:
         except DataError as problem:  # of an earlier format
             rows.gone[name] = str(problem)
     return rows
+
+
+def left_at(store: Path) -> dict[str, str]:
+    """At which stage each row left that was read and is not in the store, by id."""
+    return {row["id"]: row["stage"] for row in read_jsonl(store / DROPPED)}

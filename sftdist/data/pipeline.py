@@ -32,7 +32,9 @@ from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, Rules, normalise
 from sftdist.data.duplicates import DECIDE_VERSION, decide
 from sftdist.data.encode import Job, encode_chunk
+from sftdist.data.holdout import Data, settle
 from sftdist.data.keys import prompt_key
+from sftdist.data.manifest import Provenance, data_manifest, rows_of
 from sftdist.data.mask import MaskOptions
 from sftdist.data.near import NEAR_VERSION, Near
 from sftdist.data.problems import BAD, REFUSED, Limit, Problems, write_problems
@@ -100,6 +102,7 @@ class PrepareRequest:
     decontaminate: tuple[Path, ...] = ()
     leaks: Leaks | None = None
     holdout_lock: Path | None = None
+    lock: str | None = None  # write | extend | withdraw: what to do with that file; else the data is held to it
     require_tags: Mapping[str, int] = field(default_factory=dict)
     require_origins: Mapping[str, int] = field(default_factory=dict)
     max_bad_rows: int = 0
@@ -109,12 +112,14 @@ class PrepareRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Open stores by source, those of the user's own validation and holdout files, the template, the report."""
+    """Open stores by source, those of the user's own validation and holdout files, the template, the report, and the
+    data manifest (`data.manifest`)."""
 
     stores: dict[str, TokenStore]
     held_out: dict[str, TokenStore]
     template: ChatTemplate
     report: dict[str, Any]
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,15 +169,32 @@ def prepare(
         workers.close()
     problems = _gather_problems(request.store_dir / BAD_ROWS, tasks, [found.store for found in done])
     _check(request, problems, [found.store for found in done])
-    report = data_report(done, problems, template)
     stores = {task.name: found.store for task, found in zip(tasks, done, strict=True)}
+    holdout = _settle_holdout(request, list(stores.values()), say)
+    report = {**data_report(done, problems, template), "holdout": holdout}
+    provenance = {entry.source.name: Provenance(entry.licence, entry.origin) for entry, _ in roles}
     train = {entry.source.name for entry in request.sources}
     return Prepared(
         stores={name: store for name, store in stores.items() if name in train},
         held_out={name: store for name, store in stores.items() if name not in train},
         template=template,
         report=report,
+        manifest=data_manifest(stores.values(), provenance, holdout),
     )
+
+
+def _settle_holdout(
+    request: PrepareRequest, stores: Sequence[TokenStore], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Hold what is held out to its lock where one is named; what the report and the manifest say of it."""
+    by: dict[str, Any] = {"data.holdout": "a file"}
+    if request.holdout is None:
+        by = {"data.holdout_fraction": request.holdout_fraction}
+    rules = [name for name, on in asdict(request.rules).items() if on]
+    made_with = {"split_version": SPLIT_VERSION, **by, "data.normalise": ", ".join(rules)}
+    data = Data([rows_of(store) for store in stores], made_with)
+    lock = None if request.holdout_lock is None else settle(request.holdout_lock, request.lock, data, say)
+    return {"rows": data.count(), "locked": lock is not None, "version": None if lock is None else lock.version}
 
 
 def survey(request: PrepareRequest, at_most: int) -> Survey:

@@ -65,7 +65,7 @@ def request_of(
         cut_off=data.cut_off,
         decontaminate=tuple(Path(path) for path in _paths(data.decontaminate)),
         leaks=data.leaks,
-        holdout_lock=None if data.holdout_lock is None else Path(data.holdout_lock),
+        holdout_lock=None if data.holdout_lock is None else Path(data.holdout_lock).expanduser(),
         require_tags=data.require.tags,
         require_origins=data.require.origins,
         max_bad_rows=data.max_bad_rows,

@@ -18,6 +18,7 @@ from sftdist.core.lock import RunLock
 from sftdist.core.settings import TrainConfig
 from sftdist.core.start import adopt_start, this_start
 from sftdist.core.storage import disk_explained, read_json, remove_temporaries, write_json
+from sftdist.data.manifest import MANIFEST
 from sftdist.data.pipeline import Prepared
 from sftdist.training.trial import TRIAL
 
@@ -87,6 +88,7 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
         return Opening({}, {}, finished=True, step=step)
     snapshot.write_config(run_dir, cfg)
     write_json(run_dir / DATA_FILE, data_keys(prepared))
+    write_json(run_dir / MANIFEST, prepared.manifest)
     agent.write_status(run_dir, "running", agent.PREEMPTED, STARTING)
     return Opening(
         {name: str(store.path) for name, store in prepared.stores.items()},

@@ -19,7 +19,7 @@ import pytest
 from sftdist.core import config
 from sftdist.core.config import compose
 from sftdist.core.errors import DataError
-from sftdist.core.settings import TrainConfig
+from sftdist.core.settings import PrepareConfig, TrainConfig
 from sftdist.core.storage import read_json, verify_directory
 from sftdist.data.pipeline import PrepareRequest, SourceRequest, prepare
 from sftdist.data.request import SMALL_ROWS, prepare_small, request_of
@@ -47,7 +47,7 @@ def write_rows(path: Path, count: int, *more: str) -> Path:
 
 def run_here(*overrides: str) -> int:
     """The command line in this process: an import of torch cheaper than a process of its own."""
-    return config.main(TrainConfig, command, "prepare", ["+exp=full", *overrides])
+    return config.main(PrepareConfig, command, "prepare", ["+exp=full", *overrides])
 
 
 def test_the_command_line(

@@ -24,6 +24,7 @@ from sftdist.data.keys import DIGEST_BYTES
 STORE_FORMAT = 2
 SPLITS = ("train", "validation", "holdout")
 TRAIN, VALIDATION, HOLDOUT = range(3)
+LEAKED = 3  # in memory only: rows that `data.leaks` keeps out of training
 WEIGHT_CLASSES = 256  # one byte a token says which of these weights it has
 
 # Columns whose type does not depend on the vocabulary. *_offsets have one entry more than there are rows.

@@ -58,7 +58,9 @@ def training(*sources: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "tokens": 96_000,
         "targets": 48_000.0,
         "fill": 0.99,
+        "assumed_packs": None,
         "epochs": 1.0,
+        "repeats": 2.5,
         "epochs_asked": 2.5,
         "pack_tokens": 128,
         "packing": True,
@@ -89,6 +91,7 @@ def full() -> dict[str, Any]:
     return judged(
         report(
             {"a": source(), NAME: evil},
+            refused=f"given\n{EVIL}",
             required={"tags": {"math": 500, EVIL: 10}, "origins": {}},
             leaks={"key": "00", "rows": {NAME: 2}, "examples": [{"id": EVIL, "near": EVIL}]},
             holdout={"locked": False, "file": None, "rows": 40},

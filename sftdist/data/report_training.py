@@ -15,6 +15,7 @@ from sftdist.data.plan import Plan, PlanSpec
 from sftdist.data.report import lost_at
 from sftdist.data.store import TokenStore
 
+ASSUMED_PACKS = 8  # a step, where no size of a step is given: fill and shares hardly depend on it
 # Packs are balanced by their attention work. Whatever its size, a model without sliding windows gives this plan.
 FULL_ATTENTION = CostModel(dense=0.0, attention=((1.0, None),))
 
@@ -29,12 +30,22 @@ def length_figures(stores: Mapping[str, TokenStore], max_len: int, overlong: str
 
 
 def plan_figures(corpus: Corpus, spec: PlanSpec) -> dict[str, Any]:
-    """Steps, packs, fill and shares of one pass. Raises ConfigError and DataError as the plan of `train` does."""
+    """Steps, packs, fill and shares of one pass. Raises ConfigError and DataError as the plan of `train` does.
+
+    `repeats`: the whole run in multiples of that. `assumed_packs`: packs a step where no size of a step is given,
+    else null.
+    """
     epochs = min(spec.epochs or 1.0, 1.0)
+    assumed = ASSUMED_PACKS if spec.packs_per_step is None and spec.conversations_per_step is None else None
+    spec = replace(spec, packs_per_step=spec.packs_per_step or assumed)
     totals = Plan(corpus.tables, replace(spec, epochs=epochs), FULL_ATTENTION).totals()
+    asked = [spec.epochs / epochs] if spec.epochs else []
+    asked += [spec.max_steps / totals.steps] if spec.max_steps else []
     return {
         **asdict(totals),
+        "assumed_packs": assumed,
         "epochs": epochs,
+        "repeats": min(asked, default=1.0),
         "epochs_asked": spec.epochs,
         "pack_tokens": spec.pack_tokens,
         "packs_per_step": spec.packs_per_step,

@@ -7,7 +7,7 @@ from typing import Any
 
 FIT, LOOK, UNFIT = "fit", "look", "unfit"
 LEVELS = (UNFIT, LOOK, FIT)
-WORDS = {FIT: "Fit", LOOK: "Look at this first", UNFIT: "Not fit"}
+WORDS = {FIT: "Fit", LOOK: "Look first", UNFIT: "Not fit"}
 NOTES = {FIT: "note", LOOK: "look at", UNFIT: "not fit"}  # what a single finding is
 
 MUCH, MOST = 0.05, 0.5  # of the rows read, for what leaves or is found at one stage
@@ -112,16 +112,18 @@ def _overlong(training: Mapping[str, Any], name: str, train: Mapping[str, Any]) 
 def _planned(planned: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[Finding]:
     if abs(planned["share"] - planned["lam"]) > SHARE_OFF:
         yield _finding(LOOK, f"its share of the loss is {planned['share']:.3f}, asked for is {planned['lam']:.3f}")
-    passes = planned["passes"] / plan["epochs"] * (plan["epochs_asked"] or plan["epochs"])
+    passes = planned["passes"] * plan["repeats"]
     if passes > MANY_PASSES:
         yield _finding(LOOK, f"each row would be seen about {passes:.1f} times: more rows, or a smaller lambda")
 
 
 def _of_all(report: Mapping[str, Any]) -> Iterator[Finding]:
+    if "refused" in report:
+        yield _finding(UNFIT, "prepare refuses this data, for the reasons below")
     for level in (UNFIT, LOOK):
         names = [name for name, source in report["sources"].items() if source["verdict"]["level"] == level]
         if names:
-            yield _finding(level, f"{WORDS[level]}: {', '.join(names)}")
+            yield _finding(level, f"{'source' if len(names) == 1 else 'sources'} {', '.join(names)}")
     yield from _required(report)
     training = report.get("training", {})
     if "not_computed" in training:
@@ -132,7 +134,8 @@ def _of_all(report: Mapping[str, Any]) -> Iterator[Finding]:
     splits = [split for split in ("validation", "holdout") if not _rows_of(report, split)]
     if splits:
         yield _finding(LOOK, f"no row in the {' and the '.join(splits)} split")
-    if "holdout" in report and not report["holdout"]["locked"] and _rows_of(report, "holdout"):
+    holdout = report.get("holdout")
+    if holdout and not holdout["locked"] and _rows_of(report, "holdout"):
         yield _finding(LOOK, "the holdout is not locked: set data.holdout_lock=FILE and run prepare with lock=write")
 
 

@@ -96,9 +96,14 @@ def test_packs_and_mixture_of_one_pass_at_most(tmp_path: Path) -> None:
     assert [one["share"] for one in found["sources"]] == pytest.approx([0.75, 0.25], abs=0.02)
     assert 0.9 < found["fill"] <= 1.0
     assert json.loads(json.dumps(found))["sources"][0]["name"] == "a"
-    assert plan_figures(corpus, PlanSpec(64, packs_per_step=2, max_steps=3))["steps"] == 3
-    with pytest.raises(ConfigError, match="exactly one is required"):
-        plan_figures(corpus, PlanSpec(64))
+    few = plan_figures(corpus, PlanSpec(64, packs_per_step=2, max_steps=3, epochs=30.0))
+    assert (few["steps"], few["repeats"], found["repeats"]) == (3, 1.0, 30.0)
+    many = plan_figures(corpus, PlanSpec(64, packs_per_step=2, max_steps=3 * found["steps"]))
+    assert (many["steps"], many["repeats"]) == (found["steps"], 3.0)
+    assumed = plan_figures(corpus, PlanSpec(64))
+    assert (assumed["assumed_packs"], assumed["packs_per_step"], found["assumed_packs"]) == (8, 8, None)
+    with pytest.raises(ConfigError, match="mix_mode=best"):
+        plan_figures(corpus, PlanSpec(64, mix_mode="best"))
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------
@@ -144,7 +149,9 @@ def test_the_verdict_on_a_source(made: dict[str, Any], level: str, said: str) ->
 @pytest.mark.parametrize(
     ("made", "level", "said"),
     [
-        (report({"a": source(stages=stages(bad=count(500)))}), UNFIT, "Not fit: a"),
+        (report({"a": source(stages=stages(bad=count(500)))}), UNFIT, "source a"),
+        (report(refused="2 rows"), UNFIT, "prepare refuses"),
+        (report(holdout={}), FIT, ""),
         (report(training={**over(0, 0.0), "not_computed": "no step size"}), LOOK, "no step size"),
         (report(training=training(fill=0.6)), LOOK, "only 60.0 % full"),
         (report({"a": source(stages=stages(holdout=count(0)))}), LOOK, "no row in the holdout split"),
@@ -252,7 +259,7 @@ def test_the_terminal_shows_the_verdict_the_first_findings_and_where_the_page_is
     out = io.StringIO()
     show_report(full(), Path("stores/report.html"), Console(file=out, width=200, highlight=False))
     shown = out.getvalue()
-    assert "Look at this first" in shown
+    assert "Look first" in shown
     assert "stores/report.html" in shown
     assert NAME in shown
     assert "more in the report" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from sftdist.core.settings import TrainOn
 from sftdist.data.mask import trained_turns
@@ -10,13 +11,21 @@ from sftdist.data.render import Unproven
 from sftdist.data.schema import Conversation
 
 
-def trained_answers(conversation: Conversation, train_on: TrainOn) -> Iterator[tuple[int, str]]:
-    """The number (from 0) and the content of each assistant turn that is trained; one of tool calls alone has none."""
+class Answer(NamedTuple):
+    """An assistant turn: its number (from 0), the place of its message, and its content."""
+
+    turn: int
+    place: int
+    text: str
+
+
+def trained_answers(conversation: Conversation, train_on: TrainOn) -> Iterator[Answer]:
+    """The assistant turns that are trained and say something; one of tool calls alone does not."""
     try:
         turns = trained_turns(conversation.messages, train_on)
     except Unproven:
         return  # nothing is trained: the row is refused, and that is said there
-    for number, place in turns.items():
+    for turn, place in turns.items():
         message = conversation.messages[place]
         if message.content or not message.tool_calls:
-            yield number, message.content
+            yield Answer(turn, place, message.content)

@@ -61,7 +61,7 @@ def _may_change(m: Message, rules: Rules, trimmed_roles: frozenset[str]) -> bool
 def _text_may_change(text: str, rules: Rules) -> bool:
     return (
         (rules.line_ends and "\r" in text)
-        or (rules.unicode_nfc and not text.isascii())
+        or (rules.unicode_nfc and not unicodedata.is_normalized("NFC", text))
         or (rules.trailing_blanks and _has_trailing_blanks(text))
     )
 

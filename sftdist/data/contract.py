@@ -75,9 +75,9 @@ def breaches_of(contract: Contract, conversation: Conversation, train_on: TrainO
     An answer is the content of a turn; a turn of tool calls alone has none.
     """
     return [
-        (turn, breach)
-        for turn, answer in trained_answers(conversation, train_on)
-        for breach in contract.breaches(answer)
+        (answer.turn, breach)
+        for answer in trained_answers(conversation, train_on)
+        for breach in contract.breaches(answer.text)
     ]
 
 

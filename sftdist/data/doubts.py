@@ -17,6 +17,7 @@ EMPTY = "nothing is said"
 FENCE = "a code fence is not closed"
 GOES_ON = "the last character announces more"
 MARKER = "the last line is the mark of a list alone"
+THOUGHT = "a thought is not closed"
 BRACKET = "a bracket is not closed"
 TABLE = "the last row of a table is not closed"
 WORD = "the last word announces more"
@@ -25,8 +26,9 @@ SENTENCE = "the last sentence does not end, others do"
 
 NOTHING = re.compile(r"[\s.\u2026\-\u2013\u2014_*#`~,;:\u200b-\u200f\u2060\ufeff]*")
 ANNOUNCES = tuple(",:([{\u201c\u00ab\uff0c\u3001\uff1a\uff08\u300c")
+MARKS = tuple(".!?\u2026\u3002\uff01\uff1f\u0964\u061f\u06d4")  # with one at its end a text is whole, open or not
 LIST_MARK = re.compile(r"\s*(?:\d{1,3}[.)]|[-*+\u2022])")
-PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ("<think>", "</think>"))
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 FACES = re.compile(r"[:;=]['\u2019]?-?[(\[{]")
 FACE_AT_END = re.compile(FACES.pattern + r"\Z")
 # Words that no sentence ends with, in the languages that most answers are in.
@@ -53,7 +55,7 @@ SIGNATURE_WORDS = 8
 
 def doubts(conversation: Conversation, train_on: TrainOn) -> list[str]:
     """Why the trained answers of a conversation seem cut off or empty, each reason once; mostly nothing."""
-    found = (doubt(answer) for _, answer in trained_answers(conversation, train_on))
+    found = (doubt(answer.text) for answer in trained_answers(conversation, train_on))
     return list(dict.fromkeys(reason for reason in found if reason is not None))
 
 
@@ -66,12 +68,14 @@ def doubt(answer: str) -> str | None:
         return FENCE
     if text.endswith("```"):
         return None
+    if "<think>" in text and "</think>" not in text:
+        return THOUGHT
     line = text[text.rfind("\n") + 1 :]
     if text.endswith(ANNOUNCES) and not FACE_AT_END.search(text, len(text) - 3):
         return GOES_ON
     if line != text and LIST_MARK.fullmatch(line):
         return MARKER
-    if any(text.count(opening) > text.count(closing) for opening, closing in PAIRS) and _is_open(text):
+    if not text.endswith(MARKS) and any(text.count(a) > text.count(b) for a, b in PAIRS) and _is_open(text):
         return BRACKET
     if line.startswith("|") and not line.endswith("|") and "|\n" in text:
         return TABLE

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.data.clean import Rules, normalise
+from sftdist.data.findings import Checks, findings_of
 from sftdist.data.keys import DIGEST_BYTES, answer_key, content_key, prompt_key
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
 from sftdist.data.near import Near, signatures
@@ -36,6 +37,7 @@ class Job:
     mask: MaskOptions
     rules: Rules = field(default_factory=Rules)
     near: Near | None = None
+    checks: Checks = field(default_factory=Checks)
     validation: float = 0.0
     holdout: float = 0.0
     split: int | None = None
@@ -115,7 +117,8 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
     """Parse, normalise, hash, render, prove and tokenise one chunk."""
     part = job.parts[chunk.part]
     parsed = parse_chunk(chunk, job.source, part)
-    cleaned = [normalise(conversation, job.rules) for conversation, _ in parsed.conversations]
+    roles = job.template.trimmed_roles
+    cleaned = [normalise(conversation, job.rules, roles) for conversation, _ in parsed.conversations]
     conversations = [conversation for conversation, _ in cleaned]
     prompts = [prompt_key(conversation) for conversation in conversations]
     found, refusals = encode_conversations(job.template, conversations, job.mask)
@@ -126,6 +129,11 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
     rows = len(conversations)
     is_refused = np.zeros(rows, dtype=bool)
     is_refused[list(refused)] = True
+    split = np.array([_split(job, prompt) for prompt in prompts], dtype=np.uint8)
+    near = None if job.near is None else signatures(conversations, job.near)
+    findings = findings_of(job.checks, job.source.name, conversations, split, near, job.mask.train_on)
+    flags = np.zeros(rows, dtype=np.uint8)
+    flags[list(findings)] = [job.checks.flags(several) for several in findings.values()]
     names, labels = _labels(conversations)
     return Shard(
         read=parsed.read,
@@ -133,22 +141,22 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
         size=chunk.size,
         bad=[bad_row(job.source.name, rejected) for rejected in parsed.rejected],
         refused=refused,
-        findings={},
+        findings=findings,
         rules=Counter(rule for _, used in cleaned for rule in used),
         columns=Columns(
             contents=_digests(content_key(conversation) for conversation in conversations),
             prompts=_digests(prompts),
             answers=_digests(answer_key(conversation) for conversation in conversations),
-            split=np.array([_split(job, prompt) for prompt in prompts], dtype=np.uint8),
+            split=split,
             refused=is_refused,
-            flags=np.zeros(rows, dtype=np.uint8),
+            flags=flags,
         ),
         row_ids=[conversation.id for conversation in conversations],
         files=np.full(rows, chunk.part, dtype=np.int32),
         lines=np.array([conversation.line for conversation in conversations], dtype=np.int64),
         labels=labels,
         label_names=names,
-        signatures=None if job.near is None else signatures(conversations, job.near),
+        signatures=near,
         samples=found,
     )
 

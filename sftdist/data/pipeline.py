@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -22,22 +22,35 @@ from sftdist.core.settings import Leaks, NearDuplicates, OnFinding
 from sftdist.core.storage import (
     publish_directory,
     read_json,
-    read_jsonl,
     remove_abandoned,
     remove_path,
+    sha256_file,
     sha256_json,
     verify_directory,
 )
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every, build_store
 from sftdist.data.clean import CLEAN_VERSION, Rules, normalise
+from sftdist.data.contamination import CONTAMINATION_VERSION, Contamination
+from sftdist.data.contract import Contract
 from sftdist.data.duplicates import DECIDE_VERSION, decide
 from sftdist.data.encode import Job, encode_chunk
+from sftdist.data.findings import BREACH, CUT_OFF, Checks
 from sftdist.data.holdout import Data, settle
 from sftdist.data.keys import prompt_key
 from sftdist.data.manifest import Provenance, data_manifest, rows_of
 from sftdist.data.mask import MaskOptions
 from sftdist.data.near import NEAR_VERSION, Near
-from sftdist.data.problems import BAD, REFUSED, Limit, Problems, write_problems
+from sftdist.data.problems import Ban, Problems
+from sftdist.data.refusals import (
+    CONTRADICTION,
+    UnfitError,
+    Watched,
+    gather,
+    limits_of,
+    too_few,
+    unsound,
+    with_coverage,
+)
 from sftdist.data.report import Preparation, data_report
 from sftdist.data.schema import Conversation
 from sftdist.data.shards import Piece, works
@@ -167,19 +180,26 @@ def prepare(
         done = [_have_store(request, task, number, workers, say, tick) for number, task in enumerate(tasks)]
     finally:
         workers.close()
-    problems = _gather_problems(request.store_dir / BAD_ROWS, tasks, [found.store for found in done])
-    _check(request, problems, [found.store for found in done])
-    stores = {task.name: found.store for task, found in zip(tasks, done, strict=True)}
-    holdout = _settle_holdout(request, list(stores.values()), say)
-    report = {**data_report(done, problems, template), "holdout": holdout}
+    done = [replace(found, store=with_coverage(found.store)) for found in done]
+    stores = [found.store for found in done]
+    watched = [
+        _watched(request, entry, task, store) for (entry, _), task, store in zip(roles, tasks, stores, strict=True)
+    ]
+    problems = gather(request.store_dir / BAD_ROWS, watched)
+    wrong = [*_unfit(request, stores), *_refusals(request, watched, problems)]
+    holdout = _settle_holdout(request, stores, say) if not wrong else {}
+    report = {**data_report(done, problems, template), "holdout": holdout, "required": _required(request)}
+    if wrong:
+        raise UnfitError("\n".join(wrong), report)
+    by_name = {store.name: store for store in stores}
     provenance = {entry.source.name: Provenance(entry.licence, entry.origin) for entry, _ in roles}
     train = {entry.source.name for entry in request.sources}
     return Prepared(
-        stores={name: store for name, store in stores.items() if name in train},
-        held_out={name: store for name, store in stores.items() if name not in train},
+        stores={name: store for name, store in by_name.items() if name in train},
+        held_out={name: store for name, store in by_name.items() if name not in train},
         template=template,
         report=report,
-        manifest=data_manifest(stores.values(), provenance, holdout),
+        manifest=data_manifest(stores, provenance, holdout),
     )
 
 
@@ -267,7 +287,9 @@ def _tasks(
     parts: dict[str, list[Part]],
     template: ChatTemplate,
 ) -> list[Task]:
+    evaluation = _evaluation_files(request)
     prints = {name: fingerprint(entry.source, parts[name]) for entry, _ in roles for name in [entry.source.name]}
+    contamination = Contamination.load(evaluation, request.near) if evaluation and request.near is not None else None
     fixed = {VALIDATION: request.validation, HOLDOUT: request.holdout}
     tasks = []
     for entry, split in roles:
@@ -281,6 +303,12 @@ def _tasks(
             mask=entry.mask,
             rules=request.rules,
             near=request.near,
+            checks=Checks(
+                contract=None if entry.contract is None else Contract.load(entry.contract),
+                on_breach=entry.on_breach,
+                cut_off=request.cut_off,
+                contamination=contamination,
+            ),
             validation=0.0 if request.validation else request.validation_fraction,
             holdout=0.0 if request.holdout else request.holdout_fraction,
             split=split,
@@ -297,6 +325,8 @@ def _tasks(
                 "near": str(request.near_duplicates),
             },
             "near": None if request.near is None else {"version": NEAR_VERSION, **asdict(request.near)},
+            **job.checks.ingredients(),
+            "decontaminate": [CONTAMINATION_VERSION, *map(sha256_file, evaluation)] if contamination else None,
             "split": {"split": split, "validation": job.validation, "holdout": job.holdout},
             "mask": {k: str(v) for k, v in vars(entry.mask).items()},
             "held_out": [prints[other.source.name] for other in forbidden],
@@ -304,6 +334,19 @@ def _tasks(
         key = sha256_json(ingredients)[:KEY_DIGITS]
         tasks.append(Task(job, ingredients, request.store_dir / f"{entry.source.name}-{key}", forbidden))
     return tasks
+
+
+def _evaluation_files(request: PrepareRequest) -> list[Path]:
+    """The files with prompts that are kept out; folders and globs as for a source."""
+    if not request.decontaminate:
+        return []
+    if request.near is None:
+        raise ConfigError("data.decontaminate: given files without data.near, by which their prompts are compared")
+    key = "data.decontaminate"
+    parts = parts_of(Source("evaluation", tuple(map(str, request.decontaminate)), key=key))
+    if tables := [part.shown for part in parts if part.file is None]:
+        raise ConfigError(f"{key}: given {', '.join(tables)}, required files; download it to a file first")
+    return [part.file for part in parts if part.file is not None]
 
 
 # --- having a store -----------------------------------------------------------------------------------
@@ -449,34 +492,33 @@ def _train_texts(request: PrepareRequest, source: Source, parts: dict[str, list[
 # --- what is wrong ------------------------------------------------------------------------------------
 
 
-def _gather_problems(path: Path, tasks: Sequence[Task], stores: Sequence[TokenStore]) -> Problems:
-    """All left-out rows of all stores, in `bad_rows.jsonl` beside them and in groups."""
-    problems = Problems()
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for task, store in zip(tasks, stores, strict=True):
-            shown = {part.name: part.shown for part in task.job.parts}
-            for row in read_jsonl(store.path / "rejects.jsonl"):
-                yield {**row, "file": shown[row["file"]]}
-
-    write_problems(path, rows(), problems.add)
-    return problems
-
-
-def _check(request: PrepareRequest, problems: Problems, stores: Sequence[TokenStore]) -> None:
-    found: list[str] = []
-    for store in stores:
-        if not len(store):
-            given = f"{store.name}: given no conversation that can be trained on"
-            found.append(f"{given} ({store.manifest['counts']['read']['rows']} rows read), required at least one")
-        elif store.manifest["stop_share"] < 1.0:
-            given = f"{store.name}: given {store.manifest['stop_share']:.1%} of the rows end with a stop token"
-            found.append(f"{given}, required all; use a chat template whose end-of-turn marker is one special token")
-    limits = [
-        Limit(BAD, "cannot be parsed", "data.max_bad_rows", request.max_bad_rows),
-        Limit(REFUSED, "without a provable mask", "data.max_refused", request.max_refused),
+def _watched(request: PrepareRequest, entry: SourceRequest, task: Task, store: TokenStore) -> Watched:
+    name = entry.source.name
+    bans = [
+        (BREACH, entry.on_breach, Ban(f"{name}: {BREACH}", "against the contract", f"data.sources.{name}.on_breach")),
+        (CUT_OFF, request.cut_off, Ban(CUT_OFF, "with an answer that is cut off or empty", "data.cut_off")),
+        (
+            CONTRADICTION,
+            request.contradictions,
+            Ban(CONTRADICTION, "with another answer to the same prompt", "data.contradictions"),
+        ),
     ]
+    shown = {part.name: part.shown for part in task.job.parts}
+    return Watched(store, shown, {kind: ban for kind, policy, ban in bans if policy is OnFinding.error})
+
+
+def _refusals(request: PrepareRequest, watched: Sequence[Watched], problems: Problems) -> list[str]:
+    limits = limits_of(watched, max_bad_rows=request.max_bad_rows, max_refused=request.max_refused)
     refusal = problems.refusal(limits, request.store_dir / BAD_ROWS)
-    found += [refusal] if refusal else []
-    if found:
-        raise DataError("\n".join(found))
+    return [] if refusal is None else [refusal]
+
+
+def _unfit(request: PrepareRequest, stores: Sequence[TokenStore]) -> list[str]:
+    """What is wrong with stores as wholes, and what there is too little of in all of them together."""
+    found = [problem for store in stores if (problem := unsound(store)) is not None]
+    required = _required(request)
+    return [*found, *too_few([store.manifest["coverage"] for store in stores], required)]
+
+
+def _required(request: PrepareRequest) -> dict[str, dict[str, int]]:
+    return {"tags": dict(request.require_tags), "origins": dict(request.require_origins)}

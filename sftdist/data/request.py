@@ -139,7 +139,7 @@ def _held_out(name: str, key: str, path: Any, data: DataSettings) -> SourceReque
 
 def _mask(data: DataSettings, settings: SourceSettings | None = None) -> MaskOptions:
     train_on = settings.train_on if settings is not None and settings.train_on is not None else data.train_on
-    return MaskOptions(train_on, data.reasoning, data.expand_turns)
+    return MaskOptions(train_on, data.reasoning, data.expand_turns, tuple(data.allow_unrendered))
 
 
 def _rules(settings: NormaliseSettings) -> Rules:

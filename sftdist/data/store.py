@@ -156,6 +156,12 @@ class TokenStore:
         starts = self._row_id_offsets
         return [self._row_ids[int(starts[r]) : int(starts[r + 1])].tobytes().decode() for r in rows]
 
+    def labels_of(self, rows: NDArray[np.bool_]) -> dict[tuple[tuple[str, ...], str | None], int]:
+        """How many of these rows [rows] have which tags and label origin."""
+        names = read_json(self.path / LABELS)
+        counts = np.bincount(self.labels[rows], minlength=len(names)).tolist()
+        return {(tuple(n["tags"]), n["label_origin"]): count for n, count in zip(names, counts, strict=True) if count}
+
     def origin(self, row: int) -> tuple[str, int]:
         """The file (as named in the content key) and the line that a row came from."""
         file, line = self._origin[row]

@@ -66,8 +66,9 @@ def test_the_command_line(
     assert (tmp_path / "stores" / "bad_rows.jsonl").read_text().count("\n") == 2
 
     assert run_here(*given, *overrides.split()) == 0
-    assert "⟦answer 0<|im_end|>⟧" in capsys.readouterr().out
+    assert "The whole report: stores/report.html" in capsys.readouterr().out
     report = read_json(tmp_path / "stores" / "report.json")
+    assert {"text": "answer 0<|im_end|>", "weight": 1.0} in report["conversations"][0]["runs"]
     store = TokenStore.open(tmp_path / report["sources"]["train"]["store"])
     assert len(store) == 30
     assert verify_directory(store.path) == []
@@ -158,7 +159,7 @@ def test_eight_simultaneous_commands_of_which_one_is_killed(tmp_path: Path) -> N
     again.join()
     assert again.exitcode == 0
     names = sorted(path.name.partition("-")[0] for path in (tmp_path / "stores").iterdir())
-    assert names == ["report.json", "tokenizer", "train"]
+    assert names == ["data", "report.html", "report.json", "tokenizer", "train"], "data is data-manifest.json"
     for folder in (tmp_path / "stores").glob("t*-*"):
         assert verify_directory(folder) == []
 

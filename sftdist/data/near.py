@@ -220,19 +220,22 @@ def near_twins(signatures: Signature, near: Near, rows: Rows | None = None) -> R
     return np.where(twin == none, -1, twin)
 
 
-def near_of(a: Signature, b: Signature, near: Near, common: NDArray[np.bool_] | None = None) -> Rows:
+def near_of(
+    a: Signature, b: Signature, near: Near, *, rows: Rows | None = None, common: NDArray[np.bool_] | None = None
+) -> Rows:
     """For each row of `a` [n, 128] a row of `b` [m, 128] that it was found near to, or -1; crowded bands as above.
 
-    `common`: the common shingles, by default those of `a` and those of `b`.
+    Only `rows` of `a` are compared, where given. `common`: the common shingles, by default those of `a` and of `b`.
     """
     none = len(b)
     found = np.full(len(a), none, dtype=np.int64)
-    of_a, of_b = _not_empty(a, np.arange(len(a))), _not_empty(b, np.arange(len(b)))
+    of_a, of_b = _not_empty(a, np.arange(len(a)) if rows is None else rows), _not_empty(b, np.arange(len(b)))
     if common is None:
         common = common_shingles(a, of_a) | common_shingles(b, of_b)
     of_b = _apart_from_equals(b, of_b, np.full(none, none, dtype=np.int64))
     if not len(of_b):
         return np.full(len(a), -1, dtype=np.int64)
+    _note_equals(a, of_a, b, of_b, found)
     for band, rest in _bands(near):
         of_a = of_a[found[of_a] == none]
         left = of_a[_is_telling(a, of_a, band, common)]
@@ -241,12 +244,12 @@ def near_of(a: Signature, b: Signature, near: Near, common: NDArray[np.bool_] | 
         is_b = order < len(right)
         sorted_b, runs_b = order[is_b], runs[is_b]
         before = np.cumsum(is_b)[~is_b]  # rows of b that stand before each row of a
-        rows, runs_a = left[order[~is_b] - len(right)], runs[~is_b]
+        place_a, runs_a = left[order[~is_b] - len(right)], runs[~is_b]
         for place in range(-REACH // 2, REACH // 2):
             at = before + place
-            here = (at >= 0) & (at < len(sorted_b)) & (found[rows] == none)
+            here = (at >= 0) & (at < len(sorted_b)) & (found[place_a] == none)
             here[here] &= runs_b[at[here]] == runs_a[here]
-            one, other = rows[here], right[sorted_b[at[here]]]
+            one, other = place_a[here], right[sorted_b[at[here]]]
             alike = _are_near(a, one, b, other, near, common)
             found[one[alike]] = other[alike]
     return np.where(found == none, -1, found)
@@ -322,11 +325,23 @@ def _key(columns: Signature) -> NDArray[np.uint64]:
     return keys
 
 
+def _note_equals(a: Signature, of_a: Rows, b: Signature, of_b: Rows, found: Rows) -> None:
+    """Equal signatures, of which every value may be common."""
+    keys_a, keys_b = _keys(a, of_a), _keys(b, of_b)
+    order = np.argsort(keys_b, kind="stable")
+    at = order[np.minimum(np.searchsorted(keys_b, keys_a, sorter=order), len(order) - 1)]
+    equal = keys_b[at] == keys_a
+    found[of_a[equal]] = of_b[at[equal]]
+
+
+def _keys(signatures: Signature, rows: Rows) -> NDArray[np.uint64]:
+    return np.concatenate([np.empty(0, np.uint64), *(_key(signatures[part]) for part in _parts(rows))])
+
+
 def _apart_from_equals(signatures: Signature, rows: Rows, twin: Rows) -> Rows:
     """The rows without those whose whole signature an earlier one has (noted as its twin): any number of equal rows
     then counts as one."""
-    keys = np.concatenate([np.empty(0, np.uint64), *(_key(signatures[part]) for part in _parts(rows))])
-    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    _, first, which = np.unique(_keys(signatures, rows), return_index=True, return_inverse=True)
     equal = first[which] != np.arange(len(rows))
     twin[rows[equal]] = rows[first[which[equal]]]
     return rows[~equal]

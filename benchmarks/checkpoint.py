@@ -30,7 +30,8 @@ from benchmarks.checkpoint_plan import notes, plan_table
 from benchmarks.machine import ROOT, Result, command, load
 from sftdist.core.distributed import World, session
 from sftdist.data.loader import Batch, Document, pack_documents
-from sftdist.model.load import load_config, load_model
+from sftdist.model.config import load_config
+from sftdist.model.load import load_model
 from sftdist.model.loss import LossModel
 from sftdist.training.checkpoint import Checkpoints, checkpoint_bytes
 from sftdist.training.engine import Engine

@@ -13,7 +13,8 @@ from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.settings import PlanConfig
 from sftdist.model import cost
-from sftdist.training.build import memory_setup, planned_config, planned_trainable
+from sftdist.training.build import memory_setup, planned_trainable
+from sftdist.training.planned_model import planned_config
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)

@@ -47,13 +47,7 @@ from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
 from sftdist.model.load import weight_hashes
 from sftdist.model.loss import causal_lm
-from sftdist.training.build import (
-    Trained,
-    build_trained,
-    cost_model,
-    model_config,
-    special_ids,
-)
+from sftdist.training.build import Trained, build_trained, model_config, special_ids
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
@@ -65,6 +59,7 @@ from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.optimizer import lr_at
+from sftdist.training.planned_model import cost_model
 from sftdist.training.retention import Keep
 from sftdist.training.startup import run_checks
 from sftdist.training.tracking import Tracker, evaluated, evaluation_losses, open_tracker
@@ -189,10 +184,16 @@ def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> 
     return prepare_small(request, command, say=partial(print, flush=True))
 
 
+def opened_store(path: str, overlay: str | None) -> TokenStore:
+    """Without the rows that leak what is held out."""
+    store = TokenStore.open(Path(path))
+    return store if overlay is None else Overlay(Path(overlay)).over(store)
+
+
 def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
     """The same stores on every rank, by memory map."""
-    stores = {name: TokenStore.open(Path(path)) for name, path in opening.stores.items()}
-    held_out = {name: TokenStore.open(Path(path)) for name, path in opening.held_out.items()}
+    stores = {name: opened_store(path, opening.overlay) for name, path in opening.stores.items()}
+    held_out = {name: opened_store(path, opening.overlay) for name, path in opening.held_out.items()}
     first = next(iter(stores.values()))
     template = ChatTemplate.load(str(first.path / "tokenizer"))
     template = ChatTemplate.of(

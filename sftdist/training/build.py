@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig
 from sftdist.core.distributed import World
 from sftdist.core.settings import Init, Method, Offload, TrainConfig
 from sftdist.data.corpus import Corpus, validation_sources
-from sftdist.data.packing import CostModel
 from sftdist.data.planned import pack_tokens
 from sftdist.model import cost
 from sftdist.model.attention import Choice, choose
-from sftdist.model.load import is_tied, load_config, load_model
+from sftdist.model.config import load_config
+from sftdist.model.load import is_tied, load_model
 from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
 from sftdist.model.loss import LossModel
 from sftdist.training.engine import Engine, gathered, partitioned_init
@@ -49,28 +49,12 @@ def model_config(cfg: TrainConfig, tokens: int, special: dict[str, int | None]) 
     return load_config(None, None, shape)
 
 
-def planned_config(cfg: TrainConfig, tokens: int) -> PreTrainedConfig:
-    """The config to plan with: `model.shape` where it is given, so that a plan needs no weights and no network."""
-    if cfg.model.shape is None:
-        return load_config(cfg.model.path, cfg.model.revision, None)
-    return load_config(None, None, {**cfg.model.shape, "vocab_size": max(cfg.model.shape.get("vocab_size", 0), tokens)})
-
-
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def cost_model(config: PreTrainedConfig, method: Method, supervised_share: float) -> CostModel:
-    """FLOPs of training on a document: the head counts at the supervised positions only."""
-    mapping = config.to_dict()
-    dense, attention = cost.train_factors(method.value)
-    per_token = dense * (cost.dense_flops(mapping) + supervised_share * cost.head_flops(mapping))
-    terms = tuple((attention * flops, window) for flops, window in cost.attention_terms(mapping))
-    return CostModel(dense=per_token, attention=terms)
 
 
 def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, world: World) -> Trained:

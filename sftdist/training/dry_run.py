@@ -14,7 +14,8 @@ from sftdist.data.plan import Plan
 from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.data.summary import describe_plan
 from sftdist.model import cost
-from sftdist.training.build import cost_model, memory_setup, planned_config, planned_trainable
+from sftdist.training.build import memory_setup, planned_trainable
+from sftdist.training.planned_model import cost_model, planned_config
 
 
 def print_plan(cfg: TrainConfig, ready: Callable[[], Prepared]) -> None:

@@ -23,7 +23,8 @@ from sftdist.core.storage import publish_directory, read_json, write_json
 from sftdist.data.template import ChatTemplate
 from sftdist.model.attention import choose
 from sftdist.model.backends.interface import Documents
-from sftdist.model.load import load_config, load_model, weight_hashes
+from sftdist.model.config import load_config
+from sftdist.model.load import load_model, weight_hashes
 from sftdist.model.lora import attach
 from sftdist.model.loss import LossModel
 from sftdist.training.build import engine_spec, lora_spec

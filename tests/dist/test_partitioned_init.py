@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sftdist.core.distributed import World
-from sftdist.model.load import load_config, load_model
+from sftdist.model.config import load_config
+from sftdist.model.load import load_model
 from sftdist.model.lora import LoraSpec, attach
 from sftdist.model.loss import LossModel
 from sftdist.training.engine import Engine, partitioned_init

@@ -35,8 +35,9 @@ from sftdist.model.loss import causal_lm
 from sftdist.train import ready_data
 from sftdist.training import contract as contract_parts
 from sftdist.training import memory_probe
-from sftdist.training.build import Trained, build_trained, cost_model, model_config, special_ids
+from sftdist.training.build import Trained, build_trained, model_config, special_ids
 from sftdist.training.contract import contract
+from sftdist.training.planned_model import cost_model
 from sftdist.training.startup import run_checks
 from tests.e2e.workshop import SMALL, model_folder, write_rows
 from tests.faults import Job

@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from sftdist.core.errors import ConfigError, StartupError
 from sftdist.model.attention import implementation
-from sftdist.model.load import assert_tied_as_configured, is_tied, load_config, load_model
+from sftdist.model.config import load_config
+from sftdist.model.load import assert_tied_as_configured, is_tied, load_model
 from sftdist.model.loss import LossModel
 from tests.models import VOCABULARY, shape, tiny_model
 from tests.packed import gradients, random_row

@@ -35,6 +35,7 @@ from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import disk_explained, read_json, write_json
 from sftdist.core.words import word
 from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
+from sftdist.data.leaks import Overlay
 from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
 from sftdist.data.plan import Plan, PlanTotals, SourceTotals

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Overlay:
         also has another `key` in its manifest, for another data is trained on."""
         file = self.path / f"{store.name}.npy"
         rows: Rows = np.load(file) if file.is_file() else np.empty(0, np.int64)
-        return _without(store, rows, sha256_file(file)) if len(rows) else store
+        return _without(store, rows, sha256_file(file), self.path.name) if len(rows) else store
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """{"source", "id", "file", "line", "stage", "reason", "twin_source", "twin", "own"} of each row."""
@@ -109,6 +109,7 @@ def overlay_of(
     *,
     near: Near | None,
     policy: Leaks | None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Overlay | None:
     """Find the overlay of these stores in `folder`, or make it; None where nothing is held out.
 
@@ -131,6 +132,7 @@ def overlay_of(
     if path.is_dir() and verify_directory(path):
         remove_path(path)
     if not path.is_dir():
+        say("comparing the train rows with those that are held out")
         found = list(find_leaks(sources, validation, holdout, near=near, files_only=files_only))
         with publish_directory(path) as temporary:
             _write(temporary, found, sources)
@@ -242,7 +244,7 @@ def _in_other_sources(sources: Sequence[TokenStore]) -> Iterator[tuple[str, int]
         before = np.union1d(before, own)
 
 
-def _without(store: TokenStore, rows: Rows, digest: str) -> TokenStore:
+def _without(store: TokenStore, rows: Rows, digest: str, overlay: str) -> TokenStore:
     split = store.split.copy()
     counts = {"rows": len(rows), "tokens": int(store.lengths[rows].sum(dtype=np.int64))}
     leaked: dict[str, Any] = {**counts, "targets": float(store.targets[rows].sum())}
@@ -256,7 +258,7 @@ def _without(store: TokenStore, rows: Rows, digest: str) -> TokenStore:
     manifest = {
         **store.manifest,
         "key": sha256_json([store.manifest["key"], digest])[:KEY_DIGITS],
-        "leaks": digest,
+        "overlay": overlay,
         "splits": splits,
         "counts": {**store.manifest["counts"], "leaked": leaked},
     }

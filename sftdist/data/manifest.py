@@ -16,6 +16,7 @@ import numpy as np
 from sftdist.core.errors import DataError
 from sftdist.core.storage import read_json, read_jsonl
 from sftdist.data.build import DROPPED
+from sftdist.data.leaks import Overlay
 from sftdist.data.rowset import RowSet
 from sftdist.data.store import SPLITS, TokenStore
 from sftdist.data.versions import SCHEMA_VERSION
@@ -50,6 +51,7 @@ def data_manifest(
 def _source(store: TokenStore, provenance: Provenance) -> dict[str, Any]:
     return {
         "store": store.path.name,
+        "overlay": store.manifest.get("overlay"),
         "key": store.manifest["key"],
         "licence": provenance.licence,
         "origin": provenance.origin,
@@ -121,10 +123,16 @@ def rows_behind(manifest: Mapping[str, Any], folders: Sequence[Path]) -> Rows:
             rows.gone[name] = f"its store {entry['store']} is not in {' or '.join(map(str, dict.fromkeys(folders)))}"
             continue
         try:
-            rows.found[name] = rows_of(TokenStore.open(paths[0]))
+            rows.found[name] = rows_of(_opened(paths[0], entry.get("overlay")))
         except DataError as problem:  # of an earlier format
             rows.gone[name] = str(problem)
     return rows
+
+
+def _opened(path: Path, overlay: str | None) -> TokenStore:
+    """As it was trained on: without the rows that leaked, as long as it is known which."""
+    store = TokenStore.open(path)
+    return store if overlay is None else Overlay(path.with_name(overlay)).over(store)
 
 
 def left_at(store: Path) -> dict[str, str]:

@@ -38,6 +38,7 @@ class Opening:
 
     stores: dict[str, str]
     held_out: dict[str, str]
+    overlay: str | None = None  # of the rows that leak
     finished: bool = False
     step: int = 0
 
@@ -93,6 +94,7 @@ def _open_alone(cfg: TrainConfig, run_dir: Path, stack: ExitStack, ready: Callab
     return Opening(
         {name: str(store.path) for name, store in prepared.stores.items()},
         {name: str(store.path) for name, store in prepared.held_out.items()},
+        None if prepared.overlay is None else str(prepared.overlay.path),
     )
 
 

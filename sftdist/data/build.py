@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sftdist.core.storage import write_json
 from sftdist.data.duplicates import STAGE, STAGES, Decision, Facts
 from sftdist.data.encode import Columns, Job, Label, Samples, Shard, renumbered
+from sftdist.data.lint import Lint
 from sftdist.data.shards import Piece, signatures_of
 from sftdist.data.store import LABELS, TRAIN, Block, StoreFigures, TokenStore, write_store
 from sftdist.data.template import ChatTemplate
@@ -53,6 +54,7 @@ class Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     rules: Counter[str] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
+    lint: Lint = field(default_factory=Lint)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def build_store(
             "reasons": dict(sorted(tally.reasons.items())),
             "rules": dict(sorted(tally.rules.items())),
             "found": dict(sorted((tally.found + _only_found(decision)).items())),
+            "lint": tally.lint.figures(),
             "examples": _examples(found, decision, job),
             "files": [part.name for part in job.parts],
             "vocabulary": len(job.template.tokenizer),
@@ -157,6 +160,8 @@ def _blocks(
         start = rows.stop
         stage = decision.stage[rows]
         _count(tally, shard, stage)
+        tally.rules += shard.rules
+        tally.lint.add(shard.lint)
         _list_rejects(files.rejects, shard, stage, tally)
         _list_dropped(files.dropped, job, shard, stage, [twins.get(row) for row in decision.twin[rows].tolist()])
         _list_findings(files.findings, shard, stage, tally)

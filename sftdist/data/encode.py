@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sftdist.core.settings import TrainOn
 from sftdist.data.clean import Rules, normalise
 from sftdist.data.findings import Checks, findings_of
 from sftdist.data.keys import DIGEST_BYTES, answer_key, content_key, prompt_key
+from sftdist.data.lint import Lint
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
 from sftdist.data.near import Near, signatures
 from sftdist.data.problems import Problem, bad_row, refused_row
 from sftdist.data.schema import Conversation
 from sftdist.data.sources import Chunk, Part, Source, parse_chunk, raw_text
 from sftdist.data.split import split_of
+from sftdist.data.store import TRAIN
 from sftdist.data.template import ChatTemplate
 
 Label = tuple[tuple[str, ...], str | None]  # the tags of a conversation, and where its labels come from
@@ -85,7 +89,8 @@ class Shard:
 
     `files` int32 [n] are numbers of parts, `labels` uint32 [n] places in `label_names`. By the place of their row:
     `refused`, the problem of a mask that is not proven, and `findings`, what else is wrong. `rules` counts the
-    conversations that each rule of cleaning has changed. `size` is that of the input in bytes, 0 where nobody knows.
+    conversations that each rule of cleaning has changed, `lint` is what `Lint` saw in the train rows. `size` is that
+    of the input in bytes, 0 where nobody knows.
     """
 
     read: int
@@ -95,6 +100,7 @@ class Shard:
     refused: dict[int, Problem]
     findings: dict[int, list[Problem]]
     rules: Counter[str]
+    lint: dict[str, Any]
     columns: Columns
     row_ids: list[str]
     files: NDArray[np.int32]
@@ -142,6 +148,7 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
         bad=[bad_row(job.source.name, rejected) for rejected in parsed.rejected],
         refused=refused,
         findings=findings,
+        lint=_lint([row for row, where in zip(conversations, split, strict=True) if where == TRAIN], job.mask.train_on),
         rules=Counter(rule for _, used in cleaned for rule in used),
         columns=Columns(
             contents=_digests(content_key(conversation) for conversation in conversations),
@@ -182,6 +189,7 @@ def joined(shards: Sequence[Shard]) -> Shard:
             for start, shard in zip(starts, shards, strict=False)
             for i, problems in shard.findings.items()
         },
+        lint=Lint.merged(shard.lint for shard in shards).to_json(),
         rules=sum((shard.rules for shard in shards), Counter()),
         columns=Columns.joined([shard.columns for shard in shards]),
         row_ids=[name for shard in shards for name in shard.row_ids],
@@ -198,6 +206,13 @@ def joined(shards: Sequence[Shard]) -> Shard:
             names=[name for one in samples for name in one.names],
         ),
     )
+
+
+def _lint(conversations: Iterable[Conversation], train_on: TrainOn) -> dict[str, Any]:
+    lint = Lint()
+    for conversation in conversations:
+        lint.observe(conversation, train_on)
+    return lint.to_json()
 
 
 def _end_to_end(several: Sequence[NDArray[np.uint16] | None]) -> NDArray[np.uint16] | None:

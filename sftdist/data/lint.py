@@ -135,10 +135,11 @@ class Lint:
         """The figures of all parts together, from their `to_json`."""
         lint = cls()
         for part in parts:
-            lint._add(part)
+            lint.add(part)
         return lint
 
-    def _add(self, part: Mapping[str, Any]) -> None:
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Take in a part, from its `to_json`."""
         rows, answers, without = part["numbers"]
         self.rows += rows
         self.answers += answers

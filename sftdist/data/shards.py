@@ -124,6 +124,7 @@ class StoredShard:
                     int(i): [Problem(**problem) for problem in several] for i, several in text["findings"].items()
                 },
                 rules=Counter(text["rules"]),
+                lint=text["lint"],
                 columns=_columns(found),
                 row_ids=_json(found["row_ids"]),
                 files=found["files"],
@@ -171,6 +172,7 @@ def save(shard: Shard, file: Path, header: dict[str, Any]) -> None:
         "refused": {str(i): asdict(problem) for i, problem in shard.refused.items()},
         "findings": {str(i): [asdict(problem) for problem in several] for i, several in shard.findings.items()},
         "rules": shard.rules,
+        "lint": shard.lint,
         "label_names": shard.label_names,
         "names": samples.names,
         "weight_values": weights.values,

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sftdist.core.errors import ConfigError, DataError
-from sftdist.core.settings import OnFinding, Reasoning, RowShape, TrainOn
+from sftdist.core.settings import Leaks, OnFinding, Reasoning, RowShape, TrainOn
 from sftdist.core.storage import read_json, read_jsonl
 from sftdist.data.clean import Rules
 from sftdist.data.mask import MaskOptions
@@ -21,7 +21,7 @@ from sftdist.data.near import Near
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare, survey
 from sftdist.data.report import LENGTHS, lost_at
 from sftdist.data.sources import CHUNK_ROWS, Source
-from sftdist.data.store import TokenStore
+from sftdist.data.store import LEAKED, TRAIN, TokenStore
 from sftdist.data.vocabulary import train_tokenizer
 
 
@@ -178,7 +178,7 @@ CHANGES: list[tuple[Callable[[PrepareRequest], PrepareRequest], list[str]]] = [
     (lambda r: entry_of(r, train_on=TrainOn.last), ["mask"]),
     (lambda r: entry_of(r, reasoning=Reasoning.drop), ["mask"]),
     (lambda r: entry_of(r, expand_turns=True), ["mask"]),
-    (with_holdout, ["split", "held_out"]),
+    (with_holdout, ["split"]),
 ]
 
 
@@ -274,12 +274,16 @@ def test_files_of_their_own_for_validation_and_holdout(request_for: Make, tmp_pa
         name: SourceRequest(Source(name, path=str(write(tmp_path / f"{name}.jsonl", rows))))
         for name, rows in held.items()
     }
-    prepared = prepare(replace(request_for(ROWS), **entries))  # type: ignore[arg-type]
-    assert counts(prepared)["held_out"] == 2
+    request = replace(request_for(ROWS), **entries)  # type: ignore[arg-type]
+    with pytest.raises(DataError) as caught:
+        prepare(request)
+    assert str(caught.value).splitlines()[-1] == "data.leaks=drop"
+    prepared = prepare(replace(request, leaks=Leaks.drop))
+    assert counts(prepared)["leaked"] == 2
     assert set(prepared.stores) == {"train"}
-    assert set(ids_of(prepared.stores["train"])) == {f"r{i}" for i in range(60) if i not in (1, 2)}
-    assert set(prepared.stores["train"].split.tolist()) == {0}
-    assert prepared.held_out["validation"].split.tolist() == [1, 1]  # question 2 belongs to the holdout
+    assert set(ids_of(prepared.stores["train"], TRAIN)) == {f"r{i}" for i in range(60) if i not in (1, 2)}
+    assert set(ids_of(prepared.stores["train"], LEAKED)) == {"r1", "r2"}
+    assert prepared.held_out["validation"].split.tolist() == [1, LEAKED, 1]  # question 2 belongs to the holdout
     assert prepared.held_out["holdout"].split.tolist() == [2, 2]
 
 

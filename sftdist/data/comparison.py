@@ -232,6 +232,8 @@ def _share_lines(shares: Mapping[str, tuple[Mapping[str, float], Mapping[str, fl
     """A line a source: a table with both counts of each column does not fit a terminal."""
     counts = {"rows": "rows", "tokens": "tokens", "targets": "supervised"}
     for name, (then, now) in shares.items():
+        if not (then["rows"] or now["rows"]):
+            continue  # a file of held-out rows
         moved = ", ".join(f"{then[key]:,.0f} -> {now[key]:,.0f} {what}" for key, what in counts.items())
         share = f"{then['share']:.1%} -> {now['share']:.1%} of all supervised"
         yield f"{name}, train: {moved}, {share} ({100 * (now['share'] - then['share']):+.1f})"

@@ -118,21 +118,25 @@ def rows_behind(manifest: Mapping[str, Any], folders: Sequence[Path]) -> Rows:
     """Open the stores of a manifest: their names hold the key of their content, so wherever one is, it is the same."""
     rows = Rows()
     for name, entry in manifest["sources"].items():
-        paths = [path for folder in folders if (path := folder / entry["store"]).is_dir()]
-        if not paths:
-            rows.gone[name] = f"its store {entry['store']} is not in {' or '.join(map(str, dict.fromkeys(folders)))}"
-            continue
         try:
-            rows.found[name] = rows_of(_opened(paths[0], entry.get("overlay")))
-        except DataError as problem:  # of an earlier format
+            rows.found[name] = rows_of(_opened(entry, folders))
+        except DataError as problem:  # gone, or of an earlier format
             rows.gone[name] = str(problem)
     return rows
 
 
-def _opened(path: Path, overlay: str | None) -> TokenStore:
-    """As it was trained on: without the rows that leaked, as long as it is known which."""
-    store = TokenStore.open(path)
-    return store if overlay is None else Overlay(path.with_name(overlay)).over(store)
+def _opened(entry: Mapping[str, Any], folders: Sequence[Path]) -> TokenStore:
+    """As it was trained on: without the rows that leaked."""
+    store = TokenStore.open(_there(entry["store"], folders, "store"))
+    overlay = entry.get("overlay")
+    return store if overlay is None else Overlay(_there(overlay, folders, "list of leaks")).over(store)
+
+
+def _there(name: str, folders: Sequence[Path], what: str) -> Path:
+    for folder in folders:
+        if (folder / name).is_dir():
+            return folder / name
+    raise DataError(f"its {what} {name} is not in {' or '.join(map(str, dict.fromkeys(folders)))}")
 
 
 def left_at(store: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftdist.data.store import SPLITS
+from sftdist.data.store import LEAKED, SPLITS
 
 _PLACE = re.compile(r":\d+(\.\d+)?(#\d+)?$")
 
@@ -45,5 +45,5 @@ def is_place(row_id: str) -> bool:
 
 
 def split_name(split: int) -> str:
-    """How a split is told; rows of a store may be in none."""
-    return SPLITS[split] if split < len(SPLITS) else "no split"
+    """How a split is told, that of rows which are kept out of training, too."""
+    return "leaked" if split == LEAKED else SPLITS[split]

@@ -194,6 +194,9 @@ def test_two_manifests_are_compared(desk: Desk) -> None:
     kept.write_bytes(manifest.read_bytes())
     assert "the rows are the same" in desk.prepare("diff=kept.json", data=source)[1]
     assert "re-split holdout -> train" in desk.prepare("diff=kept.json", "data.holdout_fraction=0.1", data=source)[1]
+    desk.write([ROWS[3]], "h.jsonl")
+    code, said, _ = desk.prepare("diff=kept.json", "data.holdout=h.jsonl", "data.leaks=drop", data=source)
+    assert (code, "a: 1 re-split train -> leaked: r3" in said) == (0, True)
     other = "data.store_dir=elsewhere"  # with a store of another key: the earlier one is nowhere to be found
     code, said, _ = desk.prepare("diff=kept.json", other, "data.holdout_fraction=0.3", data=source)
     assert (code, "a: its rows cannot be compared, only their counts: its store a-" in said) == (0, True)

@@ -16,13 +16,17 @@ from sftdist.data.answers import Answer, trained_answers
 from sftdist.data.demands import demands_in, standing_demands
 from sftdist.data.language import LOOKED_AT, language_of
 from sftdist.data.schema import Conversation
-from sftdist.data.smallest import Smallest, smallest
+from sftdist.data.smallest import Entry, Smallest, smallest
 from sftdist.data.style import SIGNS, TONE, bucket, end_of, signs_of, words_at
 
 LINT_VERSION = 1  # grows whenever other figures may come of the same rows
 HASHES = 2**64
-LANGUAGE_SHARE = 8  # the language of one row in so many is looked at, and of at least LANGUAGE_ROWS
+# The language of one row in so many is looked at, and of at least LANGUAGE_ROWS. Of very few rows it is not: the model
+# takes as long to load as 5,000 rows take to read.
+LANGUAGE_SHARE = 8
+LANGUAGE_KEYS = HASHES // LANGUAGE_SHARE
 LANGUAGE_ROWS = 128
+LANGUAGES_FROM = 100
 SYSTEM_PROMPTS = 256  # distinct ones that are remembered
 EXAMPLES = 5
 EXTREMES = 16
@@ -48,7 +52,7 @@ class Lint:
         self.demands: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
-        self.unread = Smallest(LANGUAGE_ROWS)  # rows whose language is looked at only if there are few rows
+        self.unread = Smallest(LANGUAGE_ROWS)  # rows whose language is looked at in the end, however many there are
         self.examples: dict[str, Smallest] = {}
         self.extremes: dict[str, list[list[Any]]] = {"shortest": [], "longest": []}
 
@@ -95,14 +99,19 @@ class Lint:
                 self._example(f"broken {demand.name}", key, name)
 
     def _observe_language(self, text: str, key: int, name: str) -> None:
-        if key < HASHES // LANGUAGE_SHARE:
-            self._count_language(text, key, name)
-        elif self.unread.wants(key):
-            self.unread.add(key, [name, text[:LOOKED_AT]])
+        if key < LANGUAGE_KEYS or self.unread.wants(key):
+            left = self.unread.add(key, [name, text[:LOOKED_AT]])
+            self._count_languages([left] if left else [])
 
-    def _count_language(self, text: str, key: int, name: str) -> None:
+    def _count_languages(self, left: Iterable[Entry]) -> None:
+        """Read those that will not be read later, and by their key are to be."""
+        for key, count, (name, text) in left:
+            if key < LANGUAGE_KEYS:
+                self._count_language(text, key, name, count)
+
+    def _count_language(self, text: str, key: int, name: str, count: int) -> None:
         language = language_of(text) or "not sure"
-        self.languages[language] += 1
+        self.languages[language] += count
         self._example(f"language {language}", key, name)
 
     def _example(self, what: str, key: int, name: str) -> None:
@@ -148,7 +157,7 @@ class Lint:
             for key, count in counts:
                 counter[key] += count
         self.systems.merge(part["systems"])
-        self.unread.merge(part["unread"])
+        self._count_languages(self.unread.merge(part["unread"]))
         for what, found in part["examples"].items():
             self.examples.setdefault(what, Smallest(EXAMPLES)).merge(found)
         for which, found in part["extremes"].items():
@@ -210,9 +219,11 @@ class Lint:
         return {"answers": sum(self.lengths[bar] for bar in beyond), **found}
 
     def _language_figures(self) -> dict[str, Any]:
+        if self.rows < LANGUAGES_FROM:
+            return {"rows looked at": 0, "chosen": f"none of fewer than {LANGUAGES_FROM} rows", "found": []}
         read = Lint.merged([self.to_json()])  # this one stays as it is: it may be merged yet
-        for key, _, (name, text) in self.unread:
-            read._count_language(text, key, name)
+        for key, count, (name, text) in self.unread:
+            read._count_language(text, key, name, count)
         looked_at = sum(read.languages.values())
         return {
             "rows looked at": looked_at,

@@ -23,19 +23,21 @@ class Smallest:
         self._found: dict[int, Entry] = {}
         self._keys: list[int] = []
 
-    def add(self, key: int, value: Any, count: int = 1) -> None:
-        """`value` is anything with an order that JSON can hold."""
+    def add(self, key: int, value: Any, count: int = 1) -> Entry | None:
+        """The entry that had to leave for it, which may be itself. `value`: with an order, and JSON can hold it."""
         if (entry := self._found.get(key)) is not None:
             entry[1] += count
             entry[2] = min(entry[2], value)
-            return
+            return None
+        new, left = [key, count, value], None
         if len(self._keys) == self.size:
             self.overflowed = True
             if key > self._keys[-1]:
-                return
-            del self._found[self._keys.pop()]
-        self._found[key] = [key, count, value]
+                return new
+            left = self._found.pop(self._keys.pop())
+        self._found[key] = new
         insort(self._keys, key)
+        return left
 
     def wants(self, key: int) -> bool:
         """Whether `add` would take it; asked before a value is made that costs something. A no is remembered."""
@@ -59,11 +61,11 @@ class Smallest:
     def to_json(self) -> dict[str, Any]:
         return {"overflowed": self.overflowed, "entries": list(self)}
 
-    def merge(self, found: dict[str, Any]) -> None:
-        """Add what another one said of itself."""
+    def merge(self, found: dict[str, Any]) -> list[Entry]:
+        """Add what another one said of itself; the entries that had to leave."""
         self.overflowed = self.overflowed or found["overflowed"]
-        for key, count, value in found["entries"]:
-            self.add(key, value, count)
+        left = (self.add(key, value, count) for key, count, value in found["entries"])
+        return [entry for entry in left if entry is not None]
 
 
 def smallest(found: Iterable[Any], size: int) -> list[Any]:

@@ -57,7 +57,7 @@ def test_rules_are_those_of_the_configuration() -> None:
 
 def test_names_are_told_only_of_rules_that_changed_something() -> None:
     assert said("caf\u00e9 \u0939\u093f\u0928", Rules()) == ("caf\u00e9 \u0939\u093f\u0928", ())
-    assert said("a \r\nb", Rules()) == ("a\nb", ("line_ends", "trailing_blanks"))
+    assert said("a \r\nb", Rules(), "assistant") == ("a\nb", ("line_ends", "trailing_blanks"))
     assert said("a \r\nb", replace(Rules(), line_ends=False)) == ("a \r\nb", ())
     assert said(" x", Rules(), "user") == (" x", ())  # the template strips another role
 

@@ -19,6 +19,7 @@ from sftdist.data.schema import Conversation
 
 __all__ = ["Breach", "Contract", "breaches_of"]
 
+CONTRACT_VERSION = 1  # grows whenever the same contract may say something else of an answer
 KEYS = ("schema", "rules", "guideline")
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sftdist.core.settings import OnFinding, TrainOn
 from sftdist.data.contamination import Contamination
-from sftdist.data.contract import Contract, breaches_of
+from sftdist.data.contract import CONTRACT_VERSION, Contract, breaches_of
 from sftdist.data.doubts import DOUBTS_VERSION, doubts
 from sftdist.data.duplicates import FLAGS
 from sftdist.data.problems import Problem
@@ -34,7 +34,8 @@ class Checks:
     def ingredients(self) -> dict[str, Any]:
         """What of it changes the bytes of a store. An `error` and a `report` leave the same rows and remember the same
         findings; the contamination files are a matter of whoever loaded them."""
-        contract = None if self.contract is None else [self.contract.sha256, self.on_breach is OnFinding.drop]
+        drop = self.on_breach is OnFinding.drop
+        contract = None if self.contract is None else [CONTRACT_VERSION, self.contract.sha256, drop]
         return {"contract": contract, "cut_off": [DOUBTS_VERSION, self.cut_off is OnFinding.drop]}
 
     def flags(self, findings: Iterable[Problem]) -> int:

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-# Whoever changes what is answered here, or takes another release of the model, lets the versions of contracts and of the
-# lint grow.
+# Whoever changes what is answered here, or takes another release of the model, lets the versions of contracts and of
+# the lint grow.
 SURE = 0.8  # below it the model guesses: code, formulas, names
 LOOKED_AT = 400  # characters
 LETTERS = 20  # fewer say nothing

@@ -1,4 +1,4 @@
-"""`sftdist inspect`: what is trained, token by token, for every row of the sources in file order.
+"""`sftdist inspect`: what is trained, token by token, for every row of the sources in file order, or in one step.
 
 No model is loaded, and nothing is written but the page or the lines that were asked for. A row that cannot be parsed
 or whose mask cannot be proven is a line like any other, with the reason in `refused`.
@@ -11,18 +11,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from sftdist.assets import quickstart
 from sftdist.commands.inspect_page import write_html
+from sftdist.commands.inspect_step import documents_of_step
 from sftdist.commands.inspect_views import print_terminal
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
 from sftdist.data.clean import Rules, normalise
 from sftdist.data.explain import explain
-from sftdist.data.pipeline import SourceRequest, template_of
+from sftdist.data.tasks import SourceRequest, template_of
 from sftdist.data.request import request_of
 from sftdist.data.schema import Reject
 from sftdist.data.sources import conversations
@@ -38,13 +40,21 @@ class InspectResult:
 
 
 def run(cfg: InspectConfig) -> InspectResult:
-    """Show the rows; refused ones are no failure. `ConfigError` and `DataError` as `prepare` raises them."""
+    """Show the rows; refused ones are no failure. `ConfigError` and `DataError` as `prepare` raises them.
+
+    With `step=N` they are the documents of that step (from 1), pack by pack, of which stores are made where there are
+    none.
+    """
     quickstart.lay_out(cfg)
     request = request_of(cfg.data, cfg.model)
-    template = template_of(request, say=lambda line: print(line, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    if cfg.step is None:
+        lines = _lines(request.sources, request.rules, template_of(request, say), cfg.limit)
+    else:
+        lines = islice(documents_of_step(cfg, request, say), cfg.limit)
     result = InspectResult()
     with _output(cfg.file) as out:
-        VIEWS[cfg.output](_counted(_lines(request.sources, template, cfg.limit), result), out)
+        VIEWS[cfg.output](_counted(lines, result), out)
     return result
 
 
@@ -53,13 +63,15 @@ def main() -> int:
     return command_line(InspectConfig, run, "inspect")
 
 
-def _lines(sources: Iterable[SourceRequest], template: ChatTemplate, limit: int | None) -> Iterator[dict[str, Any]]:
+def _lines(
+    sources: Iterable[SourceRequest], rules: Rules, template: ChatTemplate, limit: int | None
+) -> Iterator[dict[str, Any]]:
     rows = ((row, wanted.mask) for wanted in sources for row in conversations(wanted.source))
     for row, options in islice(rows, limit):
         if isinstance(row, Reject):
             yield {"id": row.id, "text": "", "tokens": [], "supervised_text": [], "refused": str(row)}
         else:
-            yield from explain(template, normalise(row, Rules())[0], options)
+            yield from explain(template, normalise(row, rules, template.trimmed_roles)[0], options)
 
 
 def _counted(rows: Iterable[dict[str, Any]], result: InspectResult) -> Iterator[dict[str, Any]]:

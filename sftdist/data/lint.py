@@ -23,7 +23,7 @@ LINT_VERSION = 1  # grows whenever other figures may come of the same rows
 HASHES = 2**64
 # The language of one row in so many is looked at, and of at least LANGUAGE_ROWS. Of very few rows it is not: the model
 # takes as long to load as 5,000 rows take to read.
-LANGUAGE_SHARE = 8
+LANGUAGE_SHARE = 16
 LANGUAGE_KEYS = HASHES // LANGUAGE_SHARE
 LANGUAGE_ROWS = 128
 LANGUAGES_FROM = 100

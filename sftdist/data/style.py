@@ -24,14 +24,8 @@ OPENING_OF = {word: name for name, words in OPENINGS.items() for word in words}
 OPENED = 40  # characters that are looked at
 CLOSINGS = ("let me know", "hope this helps", "hope that helps", "feel free", "anything else", "happy to help")
 CLOSED = 160
-LAYOUT = {
-    "headings": ("\n# ", "\n## ", "\n### ", "\n#### "),
-    "bullets": ("\n- ", "\n* ", "\n\u2022 "),
-    "numbered lists": ("\n1. ", "\n1) "),
-    "bold": ("**",),
-    "code blocks": ("```",),
-    "tables": ("\n|",),
-}
+LINE_STARTS = re.compile(r"\n(?:(?P<headings>#{1,4} )|(?P<bullets>[-*\u2022] )|(?P<numbered>1[.)] )|(?P<tables>\|))")
+LAYOUT = ("headings", "bullets", "numbered", "tables", "bold", "code blocks")
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 # Signs of a tone: an answer of a steady voice has them, or has not. Layout depends on the question as well.
 TONE = ("greeting", "agreement", "apology", "closing phrase", "exclamation", "emoji", "names itself an AI")
@@ -59,12 +53,15 @@ def signs_of(answer: str) -> Iterator[str]:
     yield from layout_of(answer)
 
 
-def layout_of(answer: str) -> Iterator[str]:
+def layout_of(answer: str) -> set[str]:
     """Those of LAYOUT."""
     text = "\n" + answer if answer[:1] in "#-*\u20221|" else answer
-    for name, marks in LAYOUT.items():
-        if any(mark in text for mark in marks):
-            yield name
+    found = {str(line.lastgroup) for line in LINE_STARTS.finditer(text)} if "\n" in text else set[str]()
+    if "**" in answer:
+        found.add("bold")
+    if "```" in answer:
+        found.add("code blocks")
+    return found
 
 
 def _opening(start: str) -> str | None:

@@ -106,7 +106,7 @@ def test_distinct_is_exact_and_then_an_estimate() -> None:
         ("a\n- b\n- c", {"bullets"}),
         ("- b\n- c", {"bullets"}),
         ("-1", set()),
-        ("1. b\n2. c", {"numbered lists"}),
+        ("1. b\n2. c", {"numbered"}),
         ("**a** b", {"bold"}),
         ("a\n```\nb\n```", {"code blocks"}),
         ("| a | b |\n|---|---|", {"tables"}),
@@ -255,10 +255,10 @@ def test_languages(code: str, text: str) -> None:
 
 def test_a_sample_of_languages_says_so_and_is_near() -> None:
     found = figures([row(i, f"{OTHERS['es'] if i % 4 == 0 else ENGLISH} {i}") for i in range(2000)])["languages"]
-    assert found["chosen"] == "by hash, about 1 in 8"
-    assert 200 < found["rows looked at"] < 300
+    assert found["chosen"] == "by hash, about 1 in 16"
+    assert 128 <= found["rows looked at"] < 200
     shares = {item["what"]: item["share"] for item in found["found"]}
-    assert abs(shares["es"] - 0.25) < 0.08
+    assert abs(shares["es"] - 0.25) < 0.1
 
 
 def test_only_trained_answers_are_looked_at() -> None:
@@ -332,7 +332,7 @@ def test_merging_is_exact_when_samples_overflow() -> None:
     whole = linted(rows)
     parts = [linted(rows[start::7]).to_json() for start in range(7)]
     assert Lint.merged(reversed(parts)).to_json() == whole.to_json()
-    assert sum(whole.languages.values()) > 300
+    assert sum(whole.languages.values()) > 80
     read = sum(_key_of(one) < LANGUAGE_KEYS for one in rows)
     assert read <= whole.figures()["languages"]["rows looked at"] <= read + LANGUAGE_ROWS
 

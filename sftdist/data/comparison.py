@@ -100,13 +100,15 @@ def _made_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
         if name not in old or name not in new:
             found[name] = "it is new" if name in new else "it is not there any more"
             continue
-        then, now = (
-            {**entry["made_of"], "licence": entry["licence"], "origin": entry["origin"]}
-            for entry in (old[name], new[name])
-        )
+        then, now = ({**entry["made_of"], **_said(entry)} for entry in (old[name], new[name]))
         if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
             found[name] = f"{', '.join(changed)} changed"
     return found
+
+
+def _said(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of a source, and changes no row of it."""
+    return {key: entry[key] for key in ("licence", "origin", "guideline")}
 
 
 # --- rows ---------------------------------------------------------------------------------------------

@@ -65,10 +65,12 @@ class Changes:
 
 @dataclass(frozen=True)
 class Data:
-    """What prepare has found: all rows of all sources, and what decides which of them are held out."""
+    """What prepare has found: all rows of all sources, and what decides which of them are held out. `left_at` tells at
+    which stage rows of a source have left, by id."""
 
     rows: Sequence[RowSet]
     made_with: dict[str, Any]
+    left_at: Callable[[str], Mapping[str, str]] = lambda source: {}
 
     def held_out(self) -> dict[str, list[Held]]:
         """The conversations of the holdout by source, each once, in the order of their digests."""
@@ -187,6 +189,7 @@ def compare(lock: Lock, data: Data) -> Changes:
     now_in = _splits_of(data, gone)
     places = _places_of_ids(data, gone)
     prompts = {row.prompt for _, row in new}
+    left = {source: data.left_at(source) for source in {source for source, _ in gone} & {r.source for r in data.rows}}
     found = Changes([], [], [], [])
     rewritten: list[Entry] = []
     for source, row in gone:
@@ -197,7 +200,8 @@ def compare(lock: Lock, data: Data) -> Changes:
             found.changed.append(name if at in (None, SPLITS[HOLDOUT]) else f"{name} (now in {at})")
             rewritten.append((source, row))
         else:
-            found.removed.append(name)
+            stage = left.get(source, {}).get(row.id)
+            found.removed.append(name if stage is None else f"{name} (left: {stage})")
     told = {row.prompt for _, row in rewritten} | {(source, row.id) for source, row in rewritten}
     found.added.extend(_names((source, row) for source, row in new if not told & {row.prompt, (source, row.id)}))
     return found

@@ -7,7 +7,7 @@ themselves, as long as they are there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ MANIFEST = "data-manifest.json"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the config says of a source and no row does."""
+    """What the config says of a source and no row does; `contract` and `guideline` are SHA-256 of what they say."""
 
     licence: str | None = None
     origin: str | None = None
+    contract: str | None = None
+    guideline: str | None = None
 
 
 def data_manifest(
@@ -53,8 +55,7 @@ def _source(store: TokenStore, provenance: Provenance) -> dict[str, Any]:
         "store": store.path.name,
         "overlay": store.manifest.get("overlay"),
         "key": store.manifest["key"],
-        "licence": provenance.licence,
-        "origin": provenance.origin,
+        **asdict(provenance),
         "splits": splits_of(store),
         "stages": store.manifest["counts"],
         "coverage": store.manifest.get("coverage", {}),
@@ -93,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_source(entry: object) -> bool:
-    if not isinstance(entry, dict) or not {"store", "licence", "origin", "splits", "made_of"} <= set(entry):
+    if not isinstance(entry, dict) or not {"store", "splits", "made_of", *vars(Provenance())} <= set(entry):
         return False
     splits, counts = entry["splits"], ("rows", "tokens", "targets")
     return all(isinstance(splits.get(name), dict) and set(counts) <= set(splits[name]) for name in SPLITS)

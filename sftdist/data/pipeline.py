@@ -17,7 +17,7 @@ from sftdist.data.findings import BREACH, CUT_OFF
 from sftdist.data.holdout import Data, settle
 from sftdist.data.leaks import BAN, Overlay, leak_figures, note_leaks, overlay_of
 from sftdist.data.making import have_store
-from sftdist.data.manifest import Provenance, data_manifest, rows_of
+from sftdist.data.manifest import Provenance, data_manifest, left_at, rows_of
 from sftdist.data.problems import Ban, Problems
 from sftdist.data.refusals import (
     CONTRADICTION,
@@ -111,7 +111,7 @@ def prepare(
     if wrong:
         raise UnfitError("\n".join(wrong), report)
     by_name = {store.name: store for store in stores}
-    provenance = {entry.source.name: Provenance(entry.licence, entry.origin) for entry, _ in roles}
+    provenance = {task.name: _provenance(entry, task) for (entry, _), task in zip(roles, tasks, strict=True)}
     train = {entry.source.name for entry in request.sources}
     return Prepared(
         stores={name: store for name, store in by_name.items() if name in train},
@@ -158,6 +158,12 @@ def survey(request: PrepareRequest, at_most: int) -> Survey:
 # --- over all stores ----------------------------------------------------------------------------------
 
 
+def _provenance(entry: SourceRequest, task: Task) -> Provenance:
+    contract = task.job.checks.contract
+    hashes = (None, None) if contract is None else (contract.sha256, contract.guideline_sha256)
+    return Provenance(entry.licence, entry.origin, *hashes)
+
+
 def _settle_holdout(
     request: PrepareRequest, stores: Sequence[TokenStore], say: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -167,7 +173,8 @@ def _settle_holdout(
         by = {"data.holdout_fraction": request.holdout_fraction}
     rules = [name for name, on in asdict(request.rules).items() if on]
     made_with = {"split_version": SPLIT_VERSION, **by, "data.normalise": ", ".join(rules)}
-    data = Data([rows_of(store) for store in stores], made_with)
+    folders = {store.name: store.path for store in stores}
+    data = Data([rows_of(store) for store in stores], made_with, lambda source: left_at(folders[source]))
     lock = None if request.holdout_lock is None else settle(request.holdout_lock, request.lock, data, say)
     return {"rows": data.count(), "locked": lock is not None, "version": None if lock is None else lock.version}
 

@@ -174,6 +174,8 @@ def test_two_manifests_are_compared(desk: Desk) -> None:
     assert (entry["licence"], entry["origin"], entry["made_of"]["labels"]) == ("MIT", "the desk", [2, "human"])
     assert entry["splits"]["train"]["rows"] + entry["splits"]["holdout"]["rows"] <= 60
     assert entry["stages"]["read"]["rows"] == 60
+    assert entry["coverage"] == {"tags": {}, "origins": {"human": entry["splits"]["train"]["rows"]}}
+    assert (entry["contract"], entry["guideline"]) == (None, None)
     train = [i for i, split in desk.splits().items() if split == "train"]
     gone, edited, *_ = train
     rows = [{**row, "completion": "edited"} if row["id"] == edited else row for row in ROWS if row["id"] != gone]

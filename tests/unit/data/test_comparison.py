@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from sftdist.core.errors import DataError
 from sftdist.data.comparison import Comparison, Some, SourceChanges, compare, compare_rows, show_comparison
-from sftdist.data.manifest import Rows, read_manifest, rows_behind
+from sftdist.data.manifest import Provenance, Rows, read_manifest, rows_behind
 from sftdist.data.rowset import RowSet
 from sftdist.data.store import SPLITS
 from tests.unit.data.rowsets import Row, row_set
@@ -111,14 +112,8 @@ def test_no_row_is_lost_in_a_comparison(then: tuple[list[int], list[int]], now: 
 
 def source(train: tuple[int, int, float], store: str = "a-1", **said: Any) -> dict[str, Any]:
     counts = dict(zip(("rows", "tokens", "targets"), train, strict=True))
-    entry = {
-        "store": store,
-        "licence": None,
-        "origin": None,
-        "splits": dict.fromkeys(SPLITS, counts),
-        "made_of": {"input": "x"},
-    }
-    return {**entry, **said}
+    entry = {"store": store, "splits": dict.fromkeys(SPLITS, counts), "made_of": {"input": "x"}}
+    return {**entry, **asdict(Provenance()), **said}
 
 
 def manifest(**entries: dict[str, Any]) -> dict[str, Any]:

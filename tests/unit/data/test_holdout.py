@@ -128,6 +128,15 @@ def test_another_row_that_moves_to_the_place_of_one_is_not_the_same_row(tmp_path
     assert (len(found.removed), found.changed, found.added, found.moved) == (1, [], [], [])
 
 
+def test_where_a_row_has_left_is_told(lock: Path) -> None:
+    """A row without a provable mask is not in the store: who reads only `removed` would look for it in vain."""
+    gone = OUT[0][0]
+    left = replace(data(a=[row for row in ROWS if row[0] != gone]), left_at=lambda source: {gone: "refused"})
+    assert compare(read_lock(lock), left).removed == [f"a {gone} (left: refused)"]
+    elsewhere = replace(left, left_at=lambda source: {"another": "refused"})
+    assert compare(read_lock(lock), elsewhere).removed == [f"a {gone}"]
+
+
 def test_the_same_id_in_another_source_says_nothing(lock: Path) -> None:
     gone = [row for row in ROWS if row != OUT[0]]
     found = compare(read_lock(lock), data(a=gone, b=[(OUT[0][0], prompt_in(TRAIN, "b"), "x")]))

@@ -14,6 +14,7 @@ from sftdist.core.config import compose
 from sftdist.core.distributed import World
 from sftdist.core.errors import DataError, StartupError
 from sftdist.core.start import START_VARIABLE, this_start
+from sftdist.data.manifest import read_manifest
 from sftdist.data.pipeline import Prepared
 from sftdist.training.opening import NotRestarted, open_run, require_shared
 from tests.ranks import run_ranks
@@ -65,6 +66,13 @@ def test_what_a_start_killed_on_another_host_left_is_removed(tmp_path: Path) -> 
     with ExitStack() as stack:
         open_run(compose("full", ["model.path=x", "data.train=y"]), tmp_path, stack, nothing)
     assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == [other]
+
+
+def test_the_run_keeps_the_manifest_of_its_data(tmp_path: Path) -> None:
+    prepared = Prepared({}, {}, cast(Any, None), {}, manifest={"format": 1, "sources": {}})
+    with ExitStack() as stack:
+        open_run(compose("full", ["model.path=x", "data.train=y"]), tmp_path, stack, lambda: prepared)
+    assert read_manifest(tmp_path / "data-manifest.json") == prepared.manifest
 
 
 def start_on_its_own_host(world: World, folder: str) -> str | None:

@@ -24,10 +24,10 @@ from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
 from sftdist.data.clean import Rules, normalise
 from sftdist.data.explain import explain
-from sftdist.data.tasks import SourceRequest, template_of
 from sftdist.data.request import request_of
 from sftdist.data.schema import Reject
 from sftdist.data.sources import conversations
+from sftdist.data.tasks import SourceRequest, template_of
 from sftdist.data.template import ChatTemplate
 
 

@@ -55,7 +55,8 @@ def rows() -> list[dict[str, Any]]:
     said = [("system", "Be"), ("user", EVIL), ("assistant", "yes\n"), ("tool", "x" * 300), ("assistant", "東京 🗼")]
     found = []
     for number, weight in enumerate((1.0, 0.5)):
-        tokens, text = [], ""
+        tokens: list[dict[str, Any]] = []
+        text = ""
         for place, (role, content) in enumerate(said):
             for piece, on in ((f"<{role}>", False), (content, role == "assistant")):
                 start, text = len(text), text + piece

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from sftdist.core.config import compose
 from sftdist.core.errors import DataError
 from sftdist.core.settings import PrepareConfig, TrainConfig
 from sftdist.core.storage import read_json, verify_directory
+from sftdist.data.near import Near
 from sftdist.data.pipeline import PrepareRequest, SourceRequest, prepare
 from sftdist.data.request import SMALL_ROWS, prepare_small, request_of
 from sftdist.data.sources import Source
@@ -120,6 +125,54 @@ def test_eight_simultaneous_starts_give_one_valid_store(tmp_path: Path, tokenize
     assert list(request.store_dir.glob(".*")) == [], "what the killed one left, which is as large as a store"
 
 
+def test_where_there_are_no_locks_all_work_and_one_store_is_published(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some network file systems every lock is refused."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refused)
+    request = request_of_rows(tmp_path, tokenizer_folder, write_rows(tmp_path / "x.jsonl", 2600))
+    processes = [multiprocessing.get_context("fork").Process(target=prepare, args=(request,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    (store,) = request.store_dir.glob("train-*")
+    assert verify_directory(store) == []
+    monkeypatch.undo()
+    undisturbed = prepare(replace(request, store_dir=tmp_path / "others")).stores["train"].path
+    assert (store / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment_again_and_again(tmp_path: Path, tokenizer_folder: Path, seed: int) -> None:
+    """The bytes are those of an undisturbed prepare, and each start does some of the work for good."""
+    rows = write_rows(tmp_path / "x.jsonl", 40_000)
+    request = replace(request_of_rows(tmp_path, tokenizer_folder, rows, workers=2), near=Near(0.8, 3))
+    began = time.monotonic()
+    undisturbed = prepare(replace(request, store_dir=tmp_path / "others")).stores["train"].path
+    whole = time.monotonic() - began
+    moments = random.Random(seed)
+    for _ in range(100):
+        process = multiprocessing.get_context("fork").Process(target=prepare, args=(request,))
+        process.start()
+        process.join(timeout=moments.uniform(0.2, 0.6) * whole)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            break
+    (store,) = request.store_dir.glob("train-*")
+    assert (store / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
+    assert verify_directory(store) == []
+    assert list(request.store_dir.glob(".*")) == []
+
+
 def working(folder: Path, processes: Sequence[BaseProcess]) -> list[BaseProcess]:
     """The one that makes the store: the others wait for its lock."""
     signed = "".join(file.read_text() for file in (folder / "stores").glob(".train-*.work/lock"))
@@ -159,7 +212,8 @@ def test_eight_simultaneous_commands_of_which_one_is_killed(tmp_path: Path) -> N
     again.join()
     assert again.exitcode == 0
     names = sorted(path.name.partition("-")[0] for path in (tmp_path / "stores").iterdir())
-    assert names == ["data", "report.html", "report.json", "tokenizer", "train"], "data is data-manifest.json"
+    expected = ["data", "leaks", "report.html", "report.json", "tokenizer", "train"]
+    assert names == expected, "data is data-manifest.json"
     for folder in (tmp_path / "stores").glob("t*-*"):
         assert verify_directory(folder) == []
 

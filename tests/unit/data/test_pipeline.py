@@ -233,7 +233,7 @@ def test_what_does_not_change_the_bytes_re_tokenises_nothing(
 def test_the_output_does_not_depend_on_the_number_of_workers(request_for: Make, tmp_path: Path) -> None:
     rows: list[Any] = [row(f"question {i % 2900}", f"answer {i % 2900}") for i in range(CHUNK_ROWS * 6)]
     rows[1000] = "{broken"
-    request = replace(request_for(rows), max_bad_rows=1, validation_fraction=0.2)
+    request = replace(request_for(rows), max_bad_rows=1, validation_fraction=0.2, near=Near(0.8, 3))
     manifests = []
     for workers in (1, 2, 3):
         prepared = prepare(replace(request, workers=workers, store_dir=tmp_path / f"stores{workers}"))

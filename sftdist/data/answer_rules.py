@@ -20,6 +20,7 @@ from sftdist.data.language import language_of, languages
 from sftdist.data.rowerror import RowError, show
 
 PATTERN_SECONDS = 5.0  # of processor time for one pattern on one answer; a sane one takes microseconds
+SHOWN = 30  # characters of an answer's begin and end
 _END = re.compile(r"[.!?\u2026]+(?=[\s\"'\u201d\u2019)\]])|[\u3002\uff01\uff1f\u0964]+")
 _MARKER = re.compile(r"^\s*(?:\d+[.)]|[-*+\u2022])\s+")
 _NO_TEXT = "\"'\u201d\u2019)] \t"
@@ -197,9 +198,14 @@ def _patterns(rule: str, value: Any) -> Check:
                 where = f"{show(found.group())} at character {found.start() + 1}"
                 yield Breach(name, where, f"nothing that matches {pattern.pattern}")
             elif not found and rule == "required":
-                yield Breach(name, show(answer), f"something that matches {pattern.pattern}")
+                yield Breach(name, _ends(answer), f"something that matches {pattern.pattern}")
 
     return check
+
+
+def _ends(text: str) -> str:
+    """A text by how it begins and ends: patterns are often about one of these."""
+    return show(text) if len(text) <= 2 * SHOWN else f"{show(text[:SHOWN])} ... {show(text[-SHOWN:])}"
 
 
 def _compiled(text: str, at: str) -> regex.Pattern[str]:

@@ -7,9 +7,11 @@ two sentences, in a first sentence, or in code outside of brackets cannot be tol
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from sftdist.core.settings import TrainOn
 from sftdist.data.answers import trained_answers
+from sftdist.data.rowerror import show
 from sftdist.data.schema import Conversation
 
 DOUBTS_VERSION = 1  # grows whenever another doubt may be raised about an answer
@@ -51,12 +53,27 @@ CLOSING = re.compile(
     r"[-\u2013\u2014~]|(?:best|cheers|kind|love|regards|respectfully|sincerely|warm|warmly|yours)\b", re.I
 )
 SIGNATURE_WORDS = 8
+SHOWN = 50  # characters
 
 
-def doubts(conversation: Conversation, train_on: TrainOn) -> list[str]:
-    """Why the trained answers of a conversation seem cut off or empty, each reason once; mostly nothing."""
-    found = (doubt(answer.text) for answer in trained_answers(conversation, train_on))
-    return list(dict.fromkeys(reason for reason in found if reason is not None))
+class Doubt(NamedTuple):
+    """Why the answer of an assistant turn (from 0) seems cut off or empty, and how it ends."""
+
+    turn: int
+    reason: str
+    end: str
+
+    def __str__(self) -> str:
+        return f"assistant turn {self.turn}: {self.reason}: {show(self.end)}"
+
+
+def doubts(conversation: Conversation, train_on: TrainOn) -> list[Doubt]:
+    """The doubts about the trained answers of a conversation; mostly none."""
+    return [
+        Doubt(answer.turn, reason, answer.text[-SHOWN:])
+        for answer in trained_answers(conversation, train_on)
+        if (reason := doubt(answer.text)) is not None
+    ]
 
 
 def doubt(answer: str) -> str | None:

@@ -80,5 +80,5 @@ def _of(checks: Checks, row: Conversation, shared: str | None, train_on: TrainOn
     if checks.contract is not None:
         for turn, breach in breaches_of(checks.contract, row, train_on):
             yield BREACH, breach.rule, f"assistant turn {turn}: {breach}"
-    for reason in doubts(row, train_on):
-        yield CUT_OFF, reason, reason
+    for doubt in doubts(row, train_on):
+        yield CUT_OFF, doubt.reason, str(doubt)

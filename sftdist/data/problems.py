@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -86,10 +87,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class Ban(Limit):
-    """A kind of which there may be no row, because `option` is `error`; `instead` lets them pass."""
+    """A kind of which there may be no row, because `option` is `error`; `instead` leaves them out."""
 
     allowed: int = 0
-    instead: str = "report"
+    instead: str = "drop"
 
     def sentence(self, count: int) -> str:
         return f"{rows(count)} {self.said} ({self.option}=error)"
@@ -103,19 +104,27 @@ class Problems:
 
     def __init__(self) -> None:
         self.groups: dict[tuple[str, str], Group] = {}
+        self._rows: Counter[str] = Counter()
+        self._last: dict[str, tuple[Any, ...]] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Count one row of a file of problems."""
-        self.add_group(row["kind"], row["reason"], 1, [f"{row['file']}:{row['line']}: {row['message']}"])
+        """Count one problem of a file of problems, in which those of one row stand together."""
+        kind, where = row["kind"], (row["source"], row["file"], row["line"])
+        self.add_group(kind, row["reason"], 1, [f"{row['file']}:{row['line']}: {row['message']}"])
+        if self._last.get(kind) == where:
+            self._rows[kind] -= 1  # two problems of one row
+        self._last[kind] = where
 
     def add_group(self, kind: str, reason: str, count: int, examples: Iterable[str]) -> None:
         """Count rows of which only a few are at hand."""
         group = self.groups.setdefault((kind, reason), Group(kind, reason))
         group.rows += count
+        self._rows[kind] += count
         group.examples += islice(examples, EXAMPLES - len(group.examples))
 
     def count(self, kind: str) -> int:
-        return sum(group.rows for group in self.groups.values() if group.kind == kind)
+        """How many rows have a problem of this kind."""
+        return self._rows[kind]
 
     def refusal(self, limits: Sequence[Limit], written_to: Path) -> str | None:
         """The message that ends prepare, its last line the overrides to paste; None when the limits allow it."""
@@ -128,7 +137,7 @@ class Problems:
         for group in sorted(shown, key=lambda group: (kinds.index(group.kind), -group.rows, group.reason)):
             lines.append(f"{group.kind}: {group.reason}: {rows(group.rows)}")
             lines += [f"  {example}" for example in group.examples]
-        lines.append(f"All of them, with their rows, are in {written_to}. Repair them, or leave them out with:")
+        lines.append(f"All of them are in {written_to}. Repair them, or leave them out with:")
         return "\n".join([*lines, " ".join(limit.override(count) for limit, count in found)])
 
 

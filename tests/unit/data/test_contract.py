@@ -134,6 +134,11 @@ def test_counts_are_those_of_the_text_that_was_made(paragraphs: list[list[str]])
     assert (words_in(text), sentences_in(text), paragraphs_in(text)) == (words, words, len(paragraphs))
 
 
+def test_a_long_answer_is_shown_with_its_end(contract: Any) -> None:
+    (breach,) = contract("rules: {required: '#### [0-9]+$'}").breaches("There are eight. " * 20 + "#### eight")
+    assert breach.given == '"There are eight. There are eig" ... "t. There are eight. #### eight"'
+
+
 def test_all_rules_are_told_at_once(contract: Any) -> None:
     found = contract("rules: {max_words: 1, forbidden: [b, c], json_only: true}").breaches("a b c")
     wanted = {"max_words", "json_only", "forbidden[0]", "forbidden[1]"}

@@ -71,6 +71,7 @@ def test_what_is_open(answer: str, reason: str) -> None:
         "The interval is [0, 1) and (0, 1].",
         "def f(x):\n    return x + y",
         "lambda x, y: x + y",
+        "sum = lambda a: 1 + a",
         "find . -type f -name '*.txt' -print",
         "echo 'Hello world!' > example.txt",
         "SELECT name FROM users ORDER BY name",
@@ -111,7 +112,8 @@ def test_only_trained_answers_count() -> None:
             Message("assistant", fine),
         ),
     )
-    assert doubts(row, TrainOn.all) == [signs.EMPTY, signs.WORD]
+    assert [(found.turn, found.reason) for found in doubts(row, TrainOn.all)] == [(2, signs.EMPTY), (3, signs.WORD)]
+    assert str(doubts(row, TrainOn.all)[1]) == f'assistant turn 3: {signs.WORD}: "We went to the"'
     assert doubts(row, TrainOn.last) == []
     assert doubts(row, TrainOn.flagged) == []
 

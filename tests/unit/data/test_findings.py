@@ -16,6 +16,7 @@ from sftdist.core.settings import NearDuplicates, OnFinding
 from sftdist.core.storage import read_jsonl
 from sftdist.data.near import Near
 from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepare
+from sftdist.data.problems import Problem, Problems
 from sftdist.data.refusals import UnfitError
 from sftdist.data.sources import Source
 from sftdist.data.vocabulary import train_tokenizer
@@ -93,7 +94,7 @@ def test_a_finding_is_told_left_out_or_refused(
     lines = str(caught.value).splitlines()
     assert f"({option}=error)" in lines[0]
     assert "train.jsonl:21: " in lines[2]
-    assert lines[-1] == f"{option}=report"
+    assert lines[-1] == f"{option}=drop"
     assert caught.value.report["sources"]["train"]["reused"]
     assert len(list((Path(told.stores["train"].path).parent).glob("train-*"))) == 2
 
@@ -111,10 +112,18 @@ def test_everything_that_is_wrong_is_one_message(request_for: Make) -> None:
         "that is cut off or empty (data.cut_off=error), 2 rows with another answer to the same prompt "
         "(data.contradictions=error)."
     )
-    overrides = "data.max_bad_rows=1 data.max_refused=1 data.sources.train.on_breach=report data.cut_off=report"
-    assert lines[-1] == f"{overrides} data.contradictions=report"
+    overrides = "data.max_bad_rows=1 data.max_refused=1 data.sources.train.on_breach=drop data.cut_off=drop"
+    assert lines[-1] == f"{overrides} data.contradictions=drop"
     written = {row["kind"] for row in read_jsonl(request.store_dir / "bad_rows.jsonl")}
     assert written == {"bad", "refused", "train: breach", "cut_off"}
+
+
+def test_two_breaches_of_a_row_are_one_row() -> None:
+    problems = Problems()
+    for line, reason in ((1, "a"), (1, "b"), (2, "a"), (2, "a")):
+        problems.add(Problem("breach", "s", "f", line, "i", reason, "m", "").to_dict("f"))
+    assert problems.count("breach") == 2
+    assert {group.reason: group.rows for group in problems.groups.values()} == {"a": 3, "b": 1}
 
 
 def test_what_is_held_out_is_not_looked_at(request_for: Make) -> None:

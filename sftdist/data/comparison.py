@@ -238,4 +238,5 @@ def _share_lines(shares: Mapping[str, tuple[Mapping[str, float], Mapping[str, fl
             continue  # a file of held-out rows
         moved = ", ".join(f"{then[key]:,.0f} -> {now[key]:,.0f} {what}" for key, what in counts.items())
         share = f"{then['share']:.1%} -> {now['share']:.1%} of all supervised"
-        yield f"{name}, train: {moved}, {share} ({100 * (now['share'] - then['share']):+.1f})"
+        points = round(100 * (now["share"] - then["share"]), 1) + 0.0  # no -0.0
+        yield f"{name}, train: {moved}, {share} ({points:+.1f})"

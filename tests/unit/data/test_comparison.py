@@ -151,6 +151,13 @@ def test_what_a_person_reads() -> None:
     ]
 
 
+def test_a_share_that_hardly_moves_has_no_sign() -> None:
+    then, now = (manifest(a=source((1, 1, 1e6)), b=source((1, 1, b))) for b in (1e6, 1e6 + 1))
+    text = shown(compare(then, now, Rows(), Rows()))
+    assert "50.0% -> 50.0% of all supervised (+0.0)" in text
+    assert "-0.0" not in text
+
+
 def test_nothing_has_changed() -> None:
     same = manifest(a=source((20, 200, 100.0)))
     text = shown(compare(same, same, Rows(sources(a=ROWS)), Rows(sources(a=ROWS))))

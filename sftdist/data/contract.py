@@ -1,4 +1,7 @@
-"""A source's contract: what its answers must be, checked on training answers and on a model's with the same file."""
+"""A source's contract: what its answers must be, checked on training answers and on a model's with the same file.
+
+It needs no model library: whoever has a text can check it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sftdist.core.errors import ConfigError
-from sftdist.core.settings import TrainOn
 from sftdist.data.answer_rules import RULES, UNITS, Breach, Check, Fault, TooSlow, meant, unknown
 from sftdist.data.answer_schema import schema_check
-from sftdist.data.answers import trained_answers
 from sftdist.data.contract_file import read_contract_file, read_file
-from sftdist.data.schema import Conversation
 
-__all__ = ["Breach", "Contract", "breaches_of"]
+__all__ = ["Breach", "Contract"]
 
 CONTRACT_VERSION = 1  # grows whenever the same contract may say something else of an answer
 KEYS = ("schema", "rules", "guideline")
@@ -68,18 +68,6 @@ class Contract:
             return [breach for check in self.checks for breach in check(answer)]
         except TooSlow as problem:
             raise ConfigError(f"{self.path}: {problem}") from None
-
-
-def breaches_of(contract: Contract, conversation: Conversation, train_on: TrainOn) -> list[tuple[int, Breach]]:
-    """What the trained answers of a conversation break, each with the number of its assistant turn (from 0).
-
-    An answer is the content of a turn; a turn of tool calls alone has none.
-    """
-    return [
-        (answer.turn, breach)
-        for answer in trained_answers(conversation, train_on)
-        for breach in contract.breaches(answer.text)
-    ]
 
 
 def _schema(folder: Path, value: Any, see: Callable[[bytes], None]) -> Check:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.settings import OnFinding, TrainOn
+from sftdist.data.answers import trained_answers
 from sftdist.data.contamination import Contamination
-from sftdist.data.contract import CONTRACT_VERSION, Contract, breaches_of
+from sftdist.data.contract import CONTRACT_VERSION, Contract
 from sftdist.data.doubts import DOUBTS_VERSION, doubts
 from sftdist.data.duplicates import FLAGS
 from sftdist.data.problems import Problem
@@ -78,7 +79,8 @@ def _of(checks: Checks, row: Conversation, shared: str | None, train_on: TrainOn
     if shared is not None:
         yield CONTAMINATED, "an evaluation prompt", shared
     if checks.contract is not None:
-        for turn, breach in breaches_of(checks.contract, row, train_on):
-            yield BREACH, breach.rule, f"assistant turn {turn}: {breach}"
+        for answer in trained_answers(row, train_on):
+            for breach in checks.contract.breaches(answer.text):
+                yield BREACH, breach.rule, f"assistant turn {answer.turn}: {breach}"
     for doubt in doubts(row, train_on):
         yield CUT_OFF, doubt.reason, str(doubt)

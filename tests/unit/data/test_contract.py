@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from sftdist.core.errors import ConfigError
 from sftdist.core.settings import TrainOn
 from sftdist.data import answer_rules
 from sftdist.data.answer_rules import paragraphs_in, sentences_in, words_in
-from sftdist.data.contract import Contract, breaches_of
+from sftdist.data.answers import trained_answers
+from sftdist.data.contract import Contract
 from sftdist.data.schema import Conversation, Message
+from tests.conftest import ROOT
 
 PRODUCT = """
 schema:
@@ -293,7 +297,7 @@ def test_a_pattern_that_would_run_for_ages_is_stopped_and_named(
     assert time.process_time() - start < 2
 
 
-def test_answers_are_the_trained_turns_that_say_something(contract: Any) -> None:
+def test_answers_are_the_trained_turns_that_say_something() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = Conversation(
         "a",
@@ -313,14 +317,19 @@ def test_answers_are_the_trained_turns_that_say_something(contract: Any) -> None
             Message("assistant", ""),
         ),
     )
-    loaded = contract("rules: {forbidden: bad, min_words: 1}")
 
     def found(train_on: TrainOn) -> list[tuple[int, str]]:
-        return [(turn, breach.rule) for turn, breach in breaches_of(loaded, row, train_on)]
+        return [(answer.turn, answer.text) for answer in trained_answers(row, train_on)]
 
-    assert found(TrainOn.all) == [(2, "rules.forbidden"), (5, "rules.min_words")]
-    assert found(TrainOn.last) == [(5, "rules.min_words")]
-    assert found(TrainOn.flagged) == []
+    assert found(TrainOn.all) == [(2, "bad"), (4, "fine"), (5, "")]
+    assert found(TrainOn.last) == [(5, "")]
+    assert found(TrainOn.flagged) == [(4, "fine")]
+
+
+def test_a_text_is_checked_without_a_model_library() -> None:
+    """`evaluate` and a service may check what a model says where neither torch nor transformers is."""
+    code = "import sys, sftdist.data.contract; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.fixture(scope="module")

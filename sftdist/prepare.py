@@ -27,6 +27,7 @@ from sftdist.data.comparison import Comparison, compare, show_comparison
 from sftdist.data.manifest import MANIFEST, Rows, left_at, read_manifest, rows_behind, rows_of
 from sftdist.data.pipeline import Prepared, PrepareRequest, prepare, survey
 from sftdist.data.planned import corpus_of, plan_spec
+from sftdist.data.refusals import UnfitError
 from sftdist.data.report_page import write_report
 from sftdist.data.report_terminal import show_report
 from sftdist.data.report_training import length_figures, plan_figures
@@ -60,8 +61,13 @@ def run(cfg: PrepareConfig) -> PrepareResult:
     before = None if other is None else read_manifest(other)  # first of all: it may be the file that is written below
     console = Console(highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
-    with ticking(console) as tick:
-        prepared = prepare(request, say, tick)
+    try:
+        with ticking(console) as tick:
+            prepared = prepare(request, say, tick)
+    except UnfitError as problem:  # that is when the report is needed most
+        page = write_report(judged({**problem.report, "refused": str(problem)}), request.store_dir)
+        say(f"The report of this data: {page}")
+        raise
     report = judged({**prepared.report, "training": training_figures(cfg, prepared)})
     page = write_report(report, request.store_dir)
     show_report(report, page, console)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 # Every element of our own templates. Text of a row that became an element is one that is not among them, or has
 # another attribute.
 WORDS_OF_ELEMENTS = (
-    "html head meta title style body header main section article figure figcaption h1 h2 h3 p ul li dl dt dd table "
+    "html head meta title style body header main section article figure figcaption h1 h2 h3 h4 p ul li dl dt dd table "
     "caption tr th td details summary div span small strong code pre u i s output script svg defs pattern path rect "
     "line text br"
 )

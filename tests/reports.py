@@ -82,7 +82,14 @@ def full() -> dict[str, Any]:
             "near_duplicate": [{"id": EVIL, "twin": EVIL, "text": EVIL, "twin_text": EVIL}],
             "contradiction": [{"id": EVIL, "twin": EVIL}],
         },
-        lint={"system prompts": [{"text": EVIL, "rows": 3}], "languages": {"en": 0.9, EVIL: 0.1}, "outliers": [EVIL]},
+        lint={
+            "answers": 960,
+            "system prompts": {"distinct": 1, EVIL: 3, "most frequent": [{"rows": 3}, {"rows": 1, "text": EVIL}]},
+            "style": [{"what": EVIL, "share": 0.5}],
+            "mixed tone": [EVIL],
+            "contradicted instructions": [{"what": EVIL, "given": 9, "contradicted": 4, "rows": [EVIL] * 12}],
+            "languages": {"found": [{"what": EVIL, "share": 0.1}] * 10},
+        },
         contract={"file": EVIL, "sha256": "00ff", "breaches": 0},
         coverage={"tags": {EVIL: 4, "math": 600}, "origins": {f"synthetic:{EVIL}": 960}},
     )

@@ -18,12 +18,12 @@ from sftdist.data.store import SPLITS
 PAGE = "report.html"
 SHOWN_CHARACTERS = 3000  # of a sample conversation
 SHOWN_OF_PAIR = 800
+SHOWN_ITEMS = 10  # of a list
 SIGNS = {"fit": "✓", "look": "!", "unfit": "✗"}
 NOTE_SIGNS = {**SIGNS, "fit": "·"}
 # Sections that other parts fill, in the order of the page; whatever they hold is shown as plain tables.
 PER_SOURCE = {
     "rules": "Normalising rules: rows changed",
-    "found": "Found, and left in",
     "lint": "Style and language",
     "contract": "Contracts",
 }
@@ -39,7 +39,15 @@ def page(report: Mapping[str, Any]) -> str:
     """The page of a judged report (see `report_verdict.judged`); everything from the data is escaped."""
     template = page_template(
         "report.html",
-        filters={"percent": percent, "rows": rows, "words": _words, "figure": _figure, "stage": stage_name},
+        filters={
+            "percent": percent,
+            "rows": rows,
+            "words": _words,
+            "figure": _figure,
+            "stage": stage_name,
+            "columns": _columns,
+            "plain": _plain,
+        },
         tests={"table": _is_table},
     )
     return template.render(
@@ -60,6 +68,7 @@ def page(report: Mapping[str, Any]) -> str:
         },
         over_all={title: report[key] for key, title in OVER_ALL.items() if report.get(key)},
         samples=list(_samples(report["conversations"])),
+        shown_items=SHOWN_ITEMS,
         bar=bar,
     )
 
@@ -162,6 +171,16 @@ def _cut(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _is_table(value: Any) -> bool:
     """A list of mappings: its columns are their keys."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _columns(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all items, in the order in which they appear."""
+    return list(dict.fromkeys(key for item in table for key in item))
+
+
+def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What is neither a mapping nor a list."""
+    return {key: value for key, value in section.items() if not isinstance(value, Mapping | list)}
 
 
 def _words(key: str) -> str:

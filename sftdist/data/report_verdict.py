@@ -11,6 +11,7 @@ WORDS = {FIT: "Fit", LOOK: "Look first", UNFIT: "Not fit"}
 NOTES = {FIT: "note", LOOK: "look at", UNFIT: "not fit"}  # what a single finding is
 
 MUCH, MOST = 0.05, 0.5  # of the rows read, for what leaves or is found at one stage
+FAULTY = 0.001  # the same for FAULTS
 LOST, LOST_MOST = 0.01, 0.2  # of the supervised tokens, for what data.max_len costs
 FEW_SUPERVISED = 0.05  # of the tokens
 FILL = 0.9
@@ -66,6 +67,7 @@ def _level(share: float, much: float, most: float) -> str:
 def _of_source(name: str, source: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _stages(source["stages"])
     yield from _found(source)
+    yield from _lint(source.get("lint", {}))
     train = source["stages"]["train"]
     if train["tokens"] and train["share"] < FEW_SUPERVISED:
         yield _finding(LOOK, f"only {percent(train['share'])} of the train tokens are supervised")
@@ -82,7 +84,7 @@ def _stages(stages: Mapping[str, Any]) -> Iterator[Finding]:
         if stage in KEPT or stage == "left_out" or not count["rows"]:
             continue
         share = count["rows"] / max(1, read)
-        level = _level(share, 0 if stage in FAULTS else MUCH, MOST)
+        level = _level(share, FAULTY if stage in FAULTS else MUCH, MOST)
         yield _finding(level, f"{rows(count['rows'])} ({percent(share)} of those read) left: {stage_name(stage)}")
     if not stages["train"]["rows"]:
         yield _finding(UNFIT, "no row is left to train on")
@@ -93,8 +95,20 @@ def _found(source: Mapping[str, Any]) -> Iterator[Finding]:
     for stage, count in source.get("found", {}).items():
         if count:
             share = count / max(1, source["stages"]["read"]["rows"])
-            level = _level(share, 0 if stage in FAULTS else MUCH, MOST)
+            level = _level(share, FAULTY if stage in FAULTS else MUCH, MOST)
             yield _finding(level, f"{rows(count)} ({percent(share)}) found and kept: {stage_name(stage)}")
+
+
+def _lint(lint: Mapping[str, Any]) -> Iterator[Finding]:
+    """What makes a tone unstable."""
+    if lint.get("mixed tone"):
+        yield _finding(LOOK, f"some answers have it, others have not: {', '.join(lint['mixed tone'])}")
+    for told in lint.get("contradicted instructions", []):
+        if told["contradicted"]:
+            level = _level(told["contradicted"] / max(1, lint["answers"]), FAULTY, MOST)
+            yield _finding(
+                level, f"the answer contradicts what was asked for in {rows(told['contradicted'])}: {told['what']}"
+            )
 
 
 def _overlong(training: Mapping[str, Any], name: str, train: Mapping[str, Any]) -> Iterator[Finding]:

@@ -113,6 +113,11 @@ def stages(**changes: Any) -> dict[str, Any]:
     return {**source()["stages"], **changes}
 
 
+def told(contradicted: int) -> dict[str, Any]:
+    given = {"what": "be concise", "given": 99, "contradicted": contradicted, "rows": []}
+    return {"answers": 2000, "contradicted instructions": [given]}
+
+
 def over(rows: int, targets: float, overlong: str = "drop") -> dict[str, Any]:
     return {"max_len": 100, "overlong": overlong, "over": {"a": {"rows": rows, "tokens": 1, "targets": targets}}}
 
@@ -137,6 +142,10 @@ def over(rows: int, targets: float, overlong: str = "drop") -> dict[str, Any]:
         (report(training=training(planned("a", passes=1.7))), LOOK, "about 4.2 times"),
         (report(training=training(planned("a", passes=1.5))), FIT, ""),
         (report({"a": source(stages=stages(leaked=count(60)))}), LOOK, "near a held-out row"),
+        (report({"a": source(lint={"mixed tone": ["greeting"]})}), LOOK, "others have not: greeting"),
+        (report({"a": source(lint=told(0))}), FIT, ""),
+        (report({"a": source(lint=told(1))}), FIT, "contradicts what was asked for in 1 row: be concise"),
+        (report({"a": source(lint=told(9))}), LOOK, "in 9 rows"),
     ],
 )
 def test_the_verdict_on_a_source(made: dict[str, Any], level: str, said: str) -> None:

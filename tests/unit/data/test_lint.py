@@ -206,6 +206,17 @@ def test_an_instruction_counts_for_the_answer_behind_it() -> None:
     assert (found["given"], found["contradicted"]) == (1, 0)
 
 
+def test_what_a_tool_says_is_no_instruction() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = (
+        Message("user", "q"),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "Be concise."),
+        Message("assistant", LONG),
+    )
+    assert figures([Conversation("a", turns)])["contradicted instructions"] == []
+
+
 # --- figures ---------------------------------------------------------------------------------------------------
 
 

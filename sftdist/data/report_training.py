@@ -43,6 +43,7 @@ def plan_figures(corpus: Corpus, spec: PlanSpec) -> dict[str, Any]:
     asked += [spec.max_steps / totals.steps] if spec.max_steps else []
     return {
         **asdict(totals),
+        "sources": [asdict(source) for source in totals.sources],  # a list, as in the file
         "assumed_packs": assumed,
         "epochs": epochs,
         "repeats": min(asked, default=1.0),

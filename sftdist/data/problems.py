@@ -109,7 +109,7 @@ class Problems:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one problem of a file of problems, in which those of one row stand together."""
-        kind, where = row["kind"], (row["source"], row["file"], row["line"])
+        kind, where = row["kind"], (row["source"], row["file"], row["line"], row["id"])
         self.add_group(kind, row["reason"], 1, [f"{row['file']}:{row['line']}: {row['message']}"])
         if self._last.get(kind) == where:
             self._rows[kind] -= 1  # two problems of one row

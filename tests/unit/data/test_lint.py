@@ -240,6 +240,8 @@ def test_length_outliers_are_told_with_their_rows() -> None:
     dice = random.Random(0)
     usual = [row(i, "w " * dice.randrange(40, 80)) for i in range(300)]
     assert figures(usual)["length outliers"]["answers"] == 0
+    alike = [row(i, "w " * 10) for i in range(90)] + [row(90, "w " * 12)]
+    assert figures(alike)["length outliers"]["answers"] == 0
     found = figures([*usual, row(300, "w " * 5000), row(301, "w")])["length outliers"]
     assert found["answers"] == 2
     assert found["longest"] == [{"id": "r300", "words": 5000}]

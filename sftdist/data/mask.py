@@ -62,12 +62,13 @@ class MaskOptions:
 def without_field(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], field: str
 ) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]]]:
-    """The conversation without one of OPTIONAL_FIELDS. The name of a tool's result stays: some templates need it."""
+    """The conversation without one of OPTIONAL_FIELDS. A result keeps the name of a call, which is rendered there."""
     if field == "tools":
         return messages, ()
     if field == "reasoning":
         return [replace(m, reasoning=None) for m in messages], tools
-    return [m if m.role == "tool" else replace(m, name=None) for m in messages], tools
+    called = {call["function"]["name"] for m in messages for call in m.tool_calls}
+    return [m if m.role == "tool" and m.name in called else replace(m, name=None) for m in messages], tools
 
 
 def trained_turns(messages: Sequence[Message], train_on: TrainOn) -> dict[int, int]:

@@ -77,6 +77,8 @@ def _not_held(what: str, text: str, span: str, number: int) -> Unproven:
         advice = "the template moves or removes the thinking in it: give that in the field `reasoning_content`"
     elif what == "reasoning":
         advice = "use data.reasoning=drop or a template that renders it"
+    elif what == "tool call":
+        advice = "the template drops or changes it, or takes it from the call's id (`functions.NAME:0`): give that"
     else:
         advice = "the template drops or changes it: use a template that renders it as it is"
     detail = f"the {what} of turn {number} is {_short(text)}, its render {_short(span)}; {advice}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 from jinja2 import Template
@@ -167,10 +167,10 @@ class Renderer:
     def _try_dialects(
         self, structure: Structure, tools: bool, prompt: bool, without_reasoning: bool
     ) -> Dialect | Unproven:
-        messages, sentinels = sentinel_messages(structure)
+        _, sentinels = sentinel_messages(structure)
         tool_list = [sentinel_tool()] if tools else []
         if tools:
-            sentinels = {**sentinels, TOOL_SENTINEL: LIST_OF_TOOLS}
+            sentinels[TOOL_SENTINEL] = LIST_OF_TOOLS
         # Reasoning may be dropped once others have spoken: it has to show where its turn is the last.
         thinking = [i for i, shape in enumerate(structure) if shape.reasoning and not without_reasoning]
         if thinking and thinking[-1] == len(structure) - 1:
@@ -180,7 +180,9 @@ class Renderer:
             if isinstance(found, Unrendered) and found.field == "reasoning":
                 return found
         problems: list[tuple[Dialect, Unproven]] = []
-        for dialect in DIALECTS:
+        forms = (False, True) if any(shape.calls for shape in structure) else (False,)
+        for named, dialect in product(forms, DIALECTS):
+            messages, _ = sentinel_messages(structure, name_in_id=named)
             try:
                 text = self.raw([as_dict(m, dialect) for m in messages], tool_list, prompt=prompt)
             except RENDER_ERRORS as problem:
@@ -193,13 +195,14 @@ class Renderer:
         return self._most_telling(problems, structure)
 
     def _most_telling(self, problems: Sequence[tuple[Dialect, Unproven]], structure: Structure) -> Unproven:
-        """The problem in the form of content that the template takes: one that the row can do without, else one that
-        is not a plain TypeError."""
+        """The problem in the form of content that the template takes: a field that the row can do without, else one
+        that it drops, else what it says itself, unless that is a plain TypeError."""
         parts = structure != PLAIN and self._plain_dialect().parts
         same_form = [problem for dialect, problem in problems if dialect.parts == parts]
         unrendered = (problem for problem in same_form if isinstance(problem, Unrendered))
+        dropped = (problem for problem in same_form if problem.reason.startswith("template drops"))
         told = (problem for problem in same_form if not problem.detail.startswith("TypeError"))
-        return next(chain(unrendered, told), same_form[0])
+        return next(chain(unrendered, dropped, told), same_form[0])
 
     def _plain_dialect(self) -> Dialect:
         try:
@@ -248,10 +251,11 @@ def sentinel_tool() -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def sentinel_messages(structure: Structure) -> tuple[list[Message], dict[str, str]]:
+def sentinel_messages(structure: Structure, *, name_in_id: bool = False) -> tuple[list[Message], dict[str, str]]:
     """Messages of that structure whose every field is a word found nowhere else, and what each word stands for.
 
-    The words of reasoning are not among them: a template may drop it (see `_try_dialects`).
+    The words of reasoning are not among them: a template may drop it (see `_try_dialects`). Ids of calls have 9
+    characters, as some templates require, or hold the name of the function, which others take from there.
     """
     messages, sentinels = [], {}
     called = TOOL_SENTINEL
@@ -273,7 +277,7 @@ def sentinel_messages(structure: Structure) -> tuple[list[Message], dict[str, st
                 shape.role,
                 content,
                 reasoning=reasoning_sentinel(i) if shape.reasoning else None,
-                tool_calls=tuple(_sentinel_call(i, c) for c in range(shape.calls)),
+                tool_calls=tuple(_sentinel_call(i, c, name_in_id) for c in range(shape.calls)),
                 name=name or (called if shape.role == "tool" else None),
                 tool_call_id="sentinel0" if shape.role == "tool" else None,
             )
@@ -289,6 +293,10 @@ def _a(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def _sentinel_call(i: int, c: int) -> dict[str, Any]:
+def _sentinel_call(i: int, c: int, name_in_id: bool) -> dict[str, Any]:
     function = {"name": f"sentinelname{i}x{c}x", "arguments": {"sentinelkey": f"sentinelvalue{i}x{c}x"}}
-    return {"id": "sentinel0", "type": "function", "function": function}
+    return {
+        "id": f"functions.{function['name']}:{c}" if name_in_id else "sentinel0",
+        "type": "function",
+        "function": function,
+    }

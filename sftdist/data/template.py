@@ -152,8 +152,12 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = False,
     ) -> str:
-        """The rendered text. `Unproven` when the template refuses the conversation or drops a field of it."""
-        dialect = self._renderer.dialect(messages, tools=bool(tools), prompt=add_generation_prompt)
+        """The rendered text. `Unproven` when the template refuses the conversation or drops a field of it.
+
+        The reasoning of turns that are history may be dropped: what serving sends is what the template makes of it.
+        """
+        history = add_generation_prompt
+        dialect = self._renderer.dialect(messages, tools=bool(tools), prompt=history, without_reasoning=history)
         dicts = [as_dict(message, dialect) for message in messages]
         return self._renderer.render(dicts, tools, prompt=add_generation_prompt)
 

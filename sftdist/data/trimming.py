@@ -17,7 +17,7 @@ from sftdist.data.render import (
     sentinel_tool,
 )
 
-PADDINGS = ("  ", "\n\n")  # some strip line feeds alone
+PADDINGS = ("    ", "\n\n\n\n")  # some strip line feeds alone; longer than what a template writes around a text
 # A template may strip the last turn, or the one before a tool call, and leave the others as they are.
 STRUCTURES: tuple[Structure, ...] = (
     (Shape("system"), *PLAIN, *PLAIN),

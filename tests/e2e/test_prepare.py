@@ -212,8 +212,8 @@ def test_eight_simultaneous_commands_of_which_one_is_killed(tmp_path: Path) -> N
     again.join()
     assert again.exitcode == 0
     names = sorted(path.name.partition("-")[0] for path in (tmp_path / "stores").iterdir())
-    expected = ["data", "leaks", "report.html", "report.json", "tokenizer", "train"]
-    assert names == expected, "data is data-manifest.json"
+    left = ["data", "leaks", "report.html", "report.json", "tokenizer", "train"]
+    assert names == left, "data is data-manifest.json"
     for folder in (tmp_path / "stores").glob("t*-*"):
         assert verify_directory(folder) == []
 

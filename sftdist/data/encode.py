@@ -189,7 +189,7 @@ def joined(shards: Sequence[Shard]) -> Shard:
             for start, shard in zip(starts, shards, strict=False)
             for i, problems in shard.findings.items()
         },
-        lint=Lint.merged(shard.lint for shard in shards).to_json(),
+        lint=_merged_lint(shard.lint for shard in shards),
         rules=sum((shard.rules for shard in shards), Counter()),
         columns=Columns.joined([shard.columns for shard in shards]),
         row_ids=[name for shard in shards for name in shard.row_ids],
@@ -212,6 +212,12 @@ def _lint(conversations: Iterable[Conversation], train_on: TrainOn) -> dict[str,
     lint = Lint()
     for conversation in conversations:
         lint.observe(conversation, train_on)
+    return lint.to_json()
+
+
+def _merged_lint(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    lint = Lint.merged(parts)
+    lint.read_ahead()
     return lint.to_json()
 
 

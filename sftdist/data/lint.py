@@ -33,6 +33,7 @@ EXTREMES = 16
 SHOWN = 120  # characters of a system prompt, an id
 MIXED = (0.05, 0.95)  # a sign of tone that some answers have and others have not
 RARE = 0.05  # a language, or an ending, of fewer answers than that is told with its rows
+UNREAD = ""  # in place of a language
 QUANTILES = {"shortest 5 %": 0.05, "half": 0.5, "longest 5 %": 0.95}
 LEAST_SPREAD = 4  # bars: answers that are all about as long are no outliers of each other
 FENCES = 3.0  # quartile distances, of the logarithm, beyond which a length is an outlier (Tukey's outer fences)
@@ -100,17 +101,22 @@ class Lint:
 
     def _observe_language(self, text: str, key: int, name: str) -> None:
         if key < LANGUAGE_KEYS or self.unread.wants(key):
-            left = self.unread.add(key, [name, text[:LOOKED_AT]])
+            left = self.unread.add(key, [name, text[:LOOKED_AT], UNREAD])
             self._count_languages([left] if left else [])
 
     def _count_languages(self, left: Iterable[Entry]) -> None:
         """Read those that will not be read later, and by their key are to be."""
-        for key, count, (name, text) in left:
+        for key, count, (name, text, language) in left:
             if key < LANGUAGE_KEYS:
-                self._count_language(text, key, name, count)
+                self._count_language(language or _language(text), key, name, count)
 
-    def _count_language(self, text: str, key: int, name: str, count: int) -> None:
-        language = language_of(text) or "not sure"
+    def read_ahead(self) -> None:
+        """Read the languages of a part of many now, where many can do that at the same time; no figure changes."""
+        for entry in self.unread:
+            if entry[0] < LANGUAGE_KEYS and entry[2][2] == UNREAD:
+                entry[2][2] = _language(entry[2][1])
+
+    def _count_language(self, language: str, key: int, name: str, count: int) -> None:
         self.languages[language] += count
         self._example(f"language {language}", key, name)
 
@@ -222,8 +228,8 @@ class Lint:
         if self.rows < LANGUAGES_FROM:
             return {"rows looked at": 0, "chosen": f"none of fewer than {LANGUAGES_FROM} rows", "found": []}
         read = Lint.merged([self.to_json()])  # this one stays as it is: it may be merged yet
-        for key, count, (name, text) in self.unread:
-            read._count_language(text, key, name, count)
+        for key, count, (name, text, language) in self.unread:
+            read._count_language(language or _language(text), key, name, count)
         looked_at = sum(read.languages.values())
         return {
             "rows looked at": looked_at,
@@ -242,6 +248,10 @@ class Lint:
 
     def _ids(self, what: str) -> list[str]:
         return [name for _, _, name in self.examples.get(what, ())]
+
+
+def _language(text: str) -> str:
+    return language_of(text) or "not sure"
 
 
 def _share(what: str, count: int, total: int) -> dict[str, Any]:

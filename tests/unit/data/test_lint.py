@@ -355,3 +355,15 @@ def _key_of(one: Conversation) -> int:
     """By which it is decided whether the language of a row is looked at."""
     lint = linted([one])
     return next(iter(lint.unread))[0]
+
+
+def test_languages_that_are_read_ahead_change_no_figure() -> None:
+    rows = [row(i, f"{ENGLISH} It has number {i}.") for i in range(600)]
+    parts = [linted(rows[::2]), linted(rows[1::2])]
+    plain = Lint.merged(part.to_json() for part in parts).figures()
+    for part in parts:
+        part.read_ahead()
+    read = [entry[2][2] for part in parts for entry in part.unread]
+    assert "en" in read
+    assert "" in read, "what hardly comes into the sample is not read"
+    assert Lint.merged(json.loads(json.dumps(part.to_json())) for part in parts).figures() == plain

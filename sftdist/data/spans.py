@@ -105,7 +105,7 @@ def find_closing(
         marker = _up_to_stop(marker, stops)
     if marker:
         return Closing(marker, at_end[len(marker) :], header, opens)
-    unwritten = _begins_next(last, middle, tokens)
+    unwritten = _begins_next(at_end, followed, tokens)
     if not unwritten:
         raise Unproven(
             "no end-of-turn marker",
@@ -121,7 +121,7 @@ def _up_to_stop(marker: str, stops: Collection[str]) -> str:
 
 
 def _begins_next(last: str, longer: str, tokens: Collection[str]) -> str:
-    """The token that begins what follows the last turn in a longer conversation, with the white space before it."""
+    """The token that begins what a longer conversation goes on with, with the white space before it."""
     following = longer[len(last) :] if longer.startswith(last) else ""
     token = following.lstrip()
     space = following[: len(following) - len(token)]

@@ -21,7 +21,7 @@ from sftdist.data.schema import Conversation, Message
 from sftdist.data.template import ChatTemplate
 from sftdist.data.tokens import Sample, Tokens
 from tests.tokenizers import BOS, control_words
-from tests.unit.data.families.talks import FAMILIES, OPTIONS, TALKS, expectations, template_of, text_of
+from tests.unit.data.families.talks import FAMILIES, OPTIONS, TALKS, call, expectations, result, template_of, text_of
 from tests.unit.data.stock import TOOL, assistant, dicts, system, talk, trimmed, user
 
 CASES = [(family, case) for family in FAMILIES for case in expectations(family)]
@@ -109,7 +109,7 @@ def test_train_flags_and_weights(family: str) -> None:
     )
     every = "turns" if isinstance(expectations(family)["turns"], list) else "turns, expand"
     expand = every != "turns"
-    two, _, six = expectations(family)[every]
+    two, six = expectations(family)[every][0], expectations(family)[every][2]
     for train_on, wanted in ((TrainOn.all, {two: 0.5, six: 2.5}), (TrainOn.flagged, {six: 2.5})):
         entries = template.encode([weighted], MaskOptions(train_on=train_on, expand_turns=expand))
         assert not any(isinstance(entry, Refusal) for entry in entries), entries
@@ -126,11 +126,10 @@ def test_train_flags_and_weights(family: str) -> None:
 
 def test_names_of_functions_that_a_template_takes_from_the_ids() -> None:
     """Kimi K2 renders the id of a call, and no other name of the function."""
-    named = {"id": "functions.get_weather:0", "type": "function"}
-    named["function"] = {"name": "get_weather", "arguments": {"city": "Bonn"}}
+    named = call("functions.get_weather:0", city="Bonn")
     given = talk("named", user("Weather?"), assistant("", tool_calls=(named,)), tools=[TOOL])
-    call = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Bonn"}<|tool_call_end|>'
-    expected = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|><|im_end|>"
+    emitted = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Bonn"}<|tool_call_end|>'
+    expected = f"<|tool_calls_section_begin|>{emitted}<|tool_calls_section_end|><|im_end|>"
     assert trained("kimi_k2", given, MaskOptions()) == [expected]
 
 
@@ -230,15 +229,13 @@ def conversations(draw: st.DrawFn) -> Conversation:
     for _ in range(draw(st.integers(1, 4))):
         messages.append(user(said("USR")))
         if draw(st.integers(0, 3)) == 0:
-            arguments = {"city": said("CALL"), "at": {"nested": [said("CALL"), 7]}}
-            call = {"id": "abcdefgh1", "type": "function"}
-            call["function"] = {"name": "get_weather", "arguments": arguments}
-            messages.append(assistant("" if draw(st.booleans()) else said("ANS"), tool_calls=(call,)))
-            messages.append(Message("tool", said("TOOL"), name="get_weather", tool_call_id="abcdefgh1"))
+            calls = (call("abcdefgh1", city=said("CALL"), at={"nested": [said("CALL"), 7]}),)
+            messages.append(assistant("" if draw(st.booleans()) else said("ANS"), tool_calls=calls))
+            messages.append(result(said("TOOL"), "abcdefgh1"))
         reasoning = said("THINK") if draw(st.integers(0, 2)) == 0 else None
         messages.append(assistant(said("ANS"), reasoning=reasoning))
-    calls = any(message.tool_calls for message in messages)
-    return talk("random", *messages, tools=[TOOL] if calls else [])
+    calling = any(message.tool_calls for message in messages)
+    return talk("random", *messages, tools=[TOOL] if calling else [])
 
 
 @given(
@@ -285,8 +282,8 @@ def assert_only_the_assistant(conversation: Conversation, family: str, options: 
             assert set(marks) <= set(re.findall(r"((?:CALL|ANS|THINK)\d+)q", repr(message))), "of another turn"
             assert message.content in text
             assert (message.reasoning or "").strip() in text
-            for call in message.tool_calls:
-                at = call["function"]["arguments"]
+            for made in message.tool_calls:
+                at = made["function"]["arguments"]
                 for value in (at["city"], at["at"]["nested"][0]):
                     escaped = json.dumps(value, ensure_ascii=False)[1:-1]
                     assert value in text or escaped in text or json.dumps(value)[1:-1] in text

@@ -19,6 +19,7 @@ def source(**changes: Any) -> dict[str, Any]:
     return {
         "store": "stores/a-0123",
         "reused": False,
+        "held_out": False,
         "changed": [],
         "stages": {
             "read": count(1000),

@@ -59,6 +59,7 @@ def _source(found: Preparation) -> dict[str, Any]:
         "store": str(store.path),
         "reused": found.reused,
         "changed": found.changed,
+        "held_out": store.manifest["ingredients"]["split"]["split"] is not None,  # a file of the user's own
         "stages": {
             name: {**count, "share": _share(count["targets"], count["tokens"])} for name, count in stages.items()
         },

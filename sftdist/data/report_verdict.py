@@ -66,6 +66,8 @@ def _level(share: float, much: float, most: float) -> str:
 
 def _of_source(name: str, source: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _stages(source["stages"])
+    if not source["stages"]["train"]["rows"] and not source["held_out"]:
+        yield _finding(UNFIT, "no row is left to train on")
     yield from _found(source)
     yield from _lint(source.get("lint", {}))
     train = source["stages"]["train"]
@@ -86,8 +88,6 @@ def _stages(stages: Mapping[str, Any]) -> Iterator[Finding]:
         share = count["rows"] / max(1, read)
         level = _level(share, FAULTY if stage in FAULTS else MUCH, MOST)
         yield _finding(level, f"{rows(count['rows'])} ({percent(share)} of those read) left: {stage_name(stage)}")
-    if not stages["train"]["rows"]:
-        yield _finding(UNFIT, "no row is left to train on")
 
 
 def _found(source: Mapping[str, Any]) -> Iterator[Finding]:

@@ -131,6 +131,7 @@ def over(rows: int, targets: float, overlong: str = "drop") -> dict[str, Any]:
         (report({"a": source(stages=stages(bad=count(1)))}), LOOK, "1 row (0.1 % of those read) left: bad"),
         (report({"a": source(stages=stages(bad=count(500)))}), UNFIT, "500 rows"),
         (report({"a": source(stages=stages(train=count(0)))}), UNFIT, "no row is left"),
+        (report({"a": source(stages=stages(train=count(0)), held_out=True)}), FIT, ""),
         (report({"a": source(stages=stages(train=count(9, 999, 0.04)))}), LOOK, "only 4.0 %"),
         (report({"a": source(found={"contradiction": 1})}), LOOK, "1 row (0.1 %) found and kept: contradicts"),
         (report({"a": source(found={"near_duplicate": 49})}), FIT, "found and kept: near duplicate"),

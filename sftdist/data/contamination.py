@@ -104,7 +104,7 @@ class Contamination:
 
     def of(self, conversations: Sequence[Conversation], signatures: NDArray[np.uint16]) -> list[str | None]:
         """For each conversation what it shares with which prompt, or None; `signatures` [n, 2, 128] are theirs."""
-        alike = near_of(signatures[:, 1], self.signatures, self.near, common=self.common).tolist()
+        alike = near_of(signatures[:, 1], self.signatures, self.near.of_prompts, common=self.common).tolist()
         return [self._of(*one) for one in zip(conversations, alike, strict=True)]
 
     def _of(self, conversation: Conversation, alike: int) -> str | None:

@@ -176,8 +176,8 @@ def _twins(store: TokenStore, rows: Rows, held_out: HeldOut, near: Near | None) 
         return
     assert store.signatures is not None, "stores that are compared have signatures"
     signatures = held_out.column("signatures")
-    for column, reason in ((1, NEAR_PROMPT), (0, NEAR_TEXT)):
-        twin = near_of(store.signatures[:, column], signatures[:, column], near, rows=rows)[rows]
+    for column, like, reason in ((1, near.of_prompts, NEAR_PROMPT), (0, near, NEAR_TEXT)):
+        twin = near_of(store.signatures[:, column], signatures[:, column], like, rows=rows)[rows]
         yield twin, reason
         rows = rows[twin < 0]
 

@@ -28,7 +28,9 @@ REACH = 32  # with how many neighbours a row is compared in each band
 ROUNDS = 4  # how often rows in crowded bands are gone through again
 BLOCK = 1024  # shingles, of which all permutations are in memory at once
 PAIRS = 16_384  # pairs of signatures, likewise
-COMMON_SHARE, COMMON_ROWS = 0.02, 50  # what is in more of the rows is a template, not what a row says
+PROMPT_THRESHOLD = 0.8
+MISSED = 0.001  # of the pairs that are just near, because none of their bands is equal
+COMMON_SHARE, COMMON_ROWS = 0.05, 50  # what is in more of the rows is a template, not what a row says
 
 SEPARATOR, LETTER, ALONE = range(3)  # what a character is in a text: between words, in one, a word by itself
 # Scripts that put no space between words (code points, both ends included).
@@ -66,11 +68,37 @@ class Near:
         """How many of the `PERMUTATIONS` values of two near signatures are equal, at least."""
         return max(1, math.ceil(self.threshold * PERMUTATIONS - 1e-9))
 
+    @property
+    def of_prompts(self) -> Near:
+        """Prompts are short, and often ask different things with the same words: their threshold is at least 0.8."""
+        return Near(max(self.threshold, PROMPT_THRESHOLD), self.shingle)
+
     def bands(self) -> list[slice]:
-        """The columns of each band: one band more than a near pair has unequal values, so that one band is equal."""
-        number = PERMUTATIONS - self.least_equal + 1
+        """The columns of each band: as few bands as miss at most `MISSED` of the pairs at the threshold."""
+        return _bands_that_miss(PERMUTATIONS - self.least_equal)
+
+
+@cache
+def _bands_that_miss(unequal: int) -> list[slice]:
+    """Bands of `PERMUTATIONS` columns for pairs with so many unequal values; with one band more than those, no pair
+    can be missed."""
+    for number in range(1, unequal + 2):
         edges = [PERMUTATIONS * i // number for i in range(number + 1)]
-        return [slice(start, end) for start, end in pairwise(edges)]
+        if share_missed([end - start for start, end in pairwise(edges)], unequal) <= MISSED:
+            break
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
+def share_missed(widths: Sequence[int], unequal: int) -> float:
+    """The share of all ways to place the unequal values that leaves no band equal, by counting them exactly."""
+    ways = [1]  # ways[k]: to place k values so that each band so far has at least one
+    for width in widths:
+        more = [0] * (len(ways) + width)
+        for placed, before in enumerate(ways):
+            for here in range(1, width + 1):
+                more[placed + here] += before * math.comb(width, here)
+        ways = more
+    return ways[unequal] / math.comb(sum(widths), unequal) if unequal < len(ways) else 0.0
 
 
 # --- signatures -----------------------------------------------------------------------------------------
@@ -201,9 +229,9 @@ def near_twins(signatures: Signature, near: Near, rows: Rows | None = None) -> R
     first of a group.
 
     Only `rows` (ascending) are compared, where given. Signatures may be a memory map: of it one band is in memory at
-    a time, 30 to 60 bytes a row. No near pair is missed where at most `REACH` + 1 rows share a band; in more crowded
-    bands a row is compared with the `REACH` before it in the sorted order of the rest of the signature, so that
-    templated data takes no longer than other data.
+    a time, 30 to 60 bytes a row. Of near pairs at most `MISSED` are missed where at most `REACH` + 1 rows share a band;
+    in more crowded bands a row is compared with the `REACH` before it in the sorted order of the rest of the signature,
+    so that templated data takes no longer than other data.
     """
     none = len(signatures)
     twin = np.full(none, none, dtype=np.int64)

@@ -179,8 +179,7 @@ def test_the_same_rows_in_two_sources_are_counted_and_stay(request_for: Make) ->
 # --- validation and holdout of the user's own ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [Leaks.drop, Leaks.off])
-@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize(("policy", "near"), [(Leaks.drop, True), (Leaks.off, False)])
 def test_exact_prompts_of_own_files_never_stay(request_for: Make, policy: Leaks, near: bool) -> None:
     validation = [row("v0", prose(20), "v"), row("v1", prose(21), "v"), row("v2", prose(22), "v")]
     holdout = [row("h1", prose(21), "h"), row("h3", prose(23), "h")]

@@ -6,7 +6,8 @@ The conversations are made by a seeded script: words of a Zipf-like vocabulary o
 answer of about 200 tokens together, one in eight with letters beyond ASCII, one in fifty an edited copy of the row
 before it. The tokenizer is a byte-level BPE of 16,384 entries trained on a sample of them. Each prepare is the real
 command in a process of its own; the resident memory of it and of each of its workers is what the kernel says was their
-highest. Rows per second are all rows over the whole command, its start included. Writes to benchmarks/results/.
+highest. Rows per second are all rows over the whole command, its start included; rows per CPU second, of all processes
+together, are the steadier figure on a machine that others use. Writes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -109,10 +111,12 @@ def write_tokenizer(folder: Path) -> None:
 
 @dataclass
 class Prepared:
-    """How a prepare went: exit code, seconds, and the highest resident memory of each of its processes in bytes."""
+    """How a prepare went: exit code, seconds, those of CPU time of all of its processes together, and the highest
+    resident memory of each of them in bytes."""
 
     code: int
     seconds: float
+    cpu: float = 0.0
     peaks: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -126,7 +130,7 @@ def run(place: Path, stores: str, *more: str, kill_after: float | None = None) -
         *("+exp=full", f"model.tokenizer={place / 'tokenizer'}", "model.path=none", "model.chat_template=chatml"),
         *(f"data.train={place / 'rows.jsonl'}", f"data.store_dir={place / stores}", *more),
     ]
-    found, began = Prepared(0, 0.0), time.monotonic()
+    found, began, spent = Prepared(0, 0.0), time.monotonic(), _cpu()
     process = psutil.Popen(
         [sys.executable, "-m", "sftdist.cli", "prepare", *words], cwd=place, stdout=subprocess.DEVNULL
     )
@@ -135,8 +139,14 @@ def run(place: Path, stores: str, *more: str, kill_after: float | None = None) -
         if kill_after is not None and time.monotonic() - began > kill_after:
             os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.2)
-    found.code, found.seconds = process.returncode, time.monotonic() - began
+    found.code, found.seconds, found.cpu = process.returncode, time.monotonic() - began, _cpu() - spent
     return found
+
+
+def _cpu() -> float:
+    """Seconds of CPU time of what this process has started and seen the end of."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _look(process: psutil.Process, peaks: dict[int, int]) -> None:
@@ -182,6 +192,7 @@ def speed(place: Path, rows: int, workers: int) -> list[dict[str, Any]]:
                 "seconds": round(done.seconds, 1),
                 "rows/s": rows / done.seconds,
                 "tokens/s": tokens / done.seconds,
+                "rows per CPU s": rows / done.cpu,
                 "largest process, GiB": done.largest_gib,
                 "processes": len(done.peaks),
                 "load": load(),

@@ -1,11 +1,13 @@
 """Shards of a store that is being made: a few chunks of the input, encoded, in one file that is whole or not there.
 
 A process that is killed leaves the shards that it has finished, and the next one finds them: a shard is known by the
-store's key (in the name of its folder), its number, and the places of its input with their checksums.
+store's key (in the name of its folder), its number, the places of its input with their checksums, and the code that
+made it: shards are never worth a thought about what another version of this program may have written there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -13,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
@@ -27,7 +30,6 @@ from sftdist.data.problems import Problem
 from sftdist.data.sources import Place, read_chunk
 from sftdist.data.store import SIGNATURE_TYPE, Weights, ids_dtype
 
-SHARD_FORMAT = 1
 SHARD_CHUNKS = 4  # 2,048 rows: what a kill may cost each worker, and what is in memory at a time
 CRC_BYTES = 4  # of all that comes before them; what follows an archive does not disturb who reads it
 TEXT = "text"  # the member that holds what is no array, as JSON
@@ -51,6 +53,15 @@ class Piece(Protocol):
     def load(self) -> Shard: ...
 
 
+@cache
+def code_digest() -> str:
+    """SHA-256 of the source of everything that makes a shard."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 @dataclass(frozen=True)
 class Work:
     """A shard to make: which one of which job, where its rows lie, and the file it becomes."""
@@ -63,7 +74,7 @@ class Work:
     @property
     def header(self) -> dict[str, Any]:
         where = [[p.part, p.count, p.line, p.start, p.end, p.crc] for p in self.places]
-        return {"format": SHARD_FORMAT, "store": self.file.parent.name, "number": self.number, "places": where}
+        return {"code": code_digest(), "store": self.file.parent.name, "number": self.number, "places": where}
 
 
 def works(job: int, places: Iterable[Place], folder: Path) -> Iterator[Work]:

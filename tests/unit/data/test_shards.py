@@ -133,9 +133,9 @@ def test_no_flipped_bit_gets_into_a_store(tmp_path: Path, tokenizer: PreTrainedT
 
 
 def test_the_shard_of_another_place_is_not_taken_for_this_one(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another number, another store, and the same lines of a file that has been written again."""
+    """Another number, another store, other code, and the same lines of a file that has been written again."""
     job = job_of(write(tmp_path / "x.jsonl", [row(i) for i in range(SHARD_ROWS + 9)]), tokenizer)
     first, second = works(0, places(job.parts), tmp_path)
     make_shard(job, second)
@@ -146,6 +146,10 @@ def test_the_shard_of_another_place_is_not_taken_for_this_one(
     elsewhere.mkdir()
     shutil.copy(second.file, elsewhere)
     assert not is_there(replace(second, file=elsewhere / second.file.name))
+    with monkeypatch.context() as changed:
+        changed.setattr("sftdist.data.shards.code_digest", lambda: "another")
+        assert not is_there(second)
+    assert is_there(second)
     write(tmp_path / "x.jsonl", [row(i) for i in reversed(range(SHARD_ROWS + 9))])
     assert [p.end for p in places(job.parts)][-1] == second.places[-1].end
     assert not any(is_there(work) for work in works(0, places(job.parts), tmp_path))

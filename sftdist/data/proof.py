@@ -50,7 +50,7 @@ def prove_turn(found: Locator, turn: Turn, frames: set[str]) -> None:
 
 def _require_no_stop(found: Locator, message: Message, number: int) -> None:
     """A token that ends a turn, written inside one, would train the model to stop there."""
-    for stop in (*found.closing.markers, *found.stop_texts):
+    for stop in found.stop_texts:
         if stop in message.content or stop in (message.reasoning or ""):
             given = f"turn {number} holds the end-of-turn marker {stop!r} in its own text"
             advice = "it would train the model to stop there; take it out, or set `train: false` for that turn"

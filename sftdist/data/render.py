@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from itertools import chain, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jinja2 import Template
 from jinja2.exceptions import TemplateError
@@ -157,7 +157,8 @@ class Renderer:
         if found is None:
             if len(self._dialects) >= MAX_STRUCTURES:
                 self._dialects.clear()
-            found = self._dialects[key] = self._try_dialects(*key)
+            shapes = tuple(Shape(*shape) for shape in key[0])
+            found = self._dialects[key] = self._try_dialects(shapes, tools, prompt, without_reasoning)
         if isinstance(found, Unrendered):
             raise Unrendered(found.field, found.what)
         if isinstance(found, Unproven):
@@ -232,13 +233,18 @@ LIST_OF_TOOLS = "the list of tools"
 
 def structure_of(messages: Sequence[Message]) -> Structure:
     """What a template's decisions depend on, beside the texts."""
-    called = {call["function"]["name"] for m in messages for call in m.tool_calls}
     return tuple(
-        Shape(
-            m.role, bool(m.content), m.reasoning is not None, len(m.tool_calls), bool(m.name) and m.name not in called
-        )
+        # A plain tuple is as good a key as a Shape, at a third of the time.
+        cast(Shape, (m.role, m.content != "", m.reasoning is not None, len(m.tool_calls), _is_told(m, messages)))
         for m in messages
     )
+
+
+def _is_told(message: Message, messages: Sequence[Message]) -> bool:
+    """Whether a message has a name that stands nowhere else: not that of a tool that is called."""
+    if not message.name:
+        return False
+    return all(call["function"]["name"] != message.name for m in messages for call in m.tool_calls)
 
 
 def sentinel_tool() -> dict[str, Any]:

@@ -200,13 +200,14 @@ class Locator:
     ) -> None:
         self.renderer, self.closing, self.stop_texts = renderer, closing, stop_texts
         self.messages, self.tools = messages, tools
+        self._header = closing.header.strip()
         self.dialect = self._dialect()
         self.dicts = [as_dict(m, self.dialect) for m in messages]
         self.text = renderer.render(self.dicts, tools)
         self._last: tuple[str, str] | None = None
         for number, index in trained.items():
             if index == len(messages) - 1:
-                self._last = self.emitted(index, number, self.dicts)
+                self._last = self.emitted(index, number, self.dicts, self.text)
                 self.text = "".join(self._last)
 
     def _dialect(self) -> Dialect:
@@ -218,13 +219,17 @@ class Locator:
         # The template never shows reasoning, but serving begins it: it stands in the turn that is emitted.
         return self.renderer.dialect(self.messages, tools=bool(self.tools), without_reasoning=True)
 
-    def emitted(self, index: int, number: int, dicts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    def emitted(
+        self, index: int, number: int, dicts: Sequence[Mapping[str, Any]], rendered: str | None = None
+    ) -> tuple[str, str]:
         """What serving sends before the turn at message `index`, and what the model has to emit then, tail included.
 
-        `dicts`: the messages, perhaps with other texts in those before the turn.
+        `dicts`: the messages, perhaps with other texts in those before the turn; `rendered`: those up to it, if known.
         """
         prompt = self.renderer.render(dicts[:index], self.tools, prompt=True)
-        whole = self.renderer.render(dicts[: index + 1], self.tools) + self.closing.missing(self.messages[index])
+        if rendered is None:
+            rendered = self.renderer.render(dicts[: index + 1], self.tools)
+        whole = rendered + self.closing.missing(self.messages[index])
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         history = self._history(dicts[:index], prompt)
@@ -251,16 +256,15 @@ class Locator:
         """Find the assistant turn at message `index`; `Unproven` when the text is not what serving will see."""
         is_last = self._last is not None and index == len(self.dicts) - 1
         prompt, completion = self._last if is_last and self._last else self.emitted(index, number, self.dicts)
-        header = self.closing.header.strip()
-        if header and completion.lstrip().startswith(header):
+        header = self._header
+        if header and completion[: len(header) + 40].lstrip().startswith(header):
             given = f"serving sends {prompt[-40:]!r} and the turn begins with the header {header!r}"
             raise Unproven(f"generation prompt lacks {header}", f"{given}; the header would be trained", number)
         end = self._end(completion, index, number)
         if end <= 0:
             raise Unproven("empty turn", f"nothing follows the generation prompt {prompt[-40:]!r}", number)
-        emitted = prompt + completion[:end]
-        if not self.text.startswith(emitted):
-            raise self._rewritten(number, prompt, emitted)
+        if not (self.text.startswith(prompt) and self.text.startswith(completion[:end], len(prompt))):
+            raise self._rewritten(number, prompt, prompt + completion[:end])
         return Turn(index, number, prompt, completion, end)
 
     def _end(self, completion: str, index: int, number: int) -> int:

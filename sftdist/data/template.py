@@ -255,7 +255,9 @@ class ChatTemplate:
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
-        return tuple(sorted(self._encoder.added[i] for i in self.stop_ids if i in self._encoder.added))
+        """What ends a turn, as text: tokens, and the template's markers, which may be several."""
+        markers = self._closing.markers if isinstance(self._closing, Closing) else ()
+        return tuple(sorted({*markers, *(self._encoder.added[i] for i in self.stop_ids if i in self._encoder.added)}))
 
     @cached_property
     def _end_tokens(self) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import GIB, Result, command, load
+from sftdist.data.shards import SHARD_CHUNKS
+from sftdist.data.sources import CHUNK_ROWS
 from sftdist.data.vocabulary import train_tokenizer
 
 WORDS = 60_000
@@ -41,6 +43,7 @@ BLOCK = 10_000  # rows that are made at a time
 FAR = "äöüéèñçøåßłşğžČЖдиклмнπλσ你好世界学習日本語한국어مرحباहिन्दी🙂🚀"
 OFF = ("data.near.duplicates=off", "data.leaks=off")
 NEW_ROWS = 1_000
+SHARD_ROWS = SHARD_CHUNKS * CHUNK_ROWS
 
 
 # The conversations ---------------------------------------------------------------------------------------------------
@@ -124,8 +127,8 @@ class Prepared:
         return max(self.peaks.values()) / GIB
 
 
-def run(place: Path, stores: str, *more: str, kill_after: float | None = None) -> Prepared:
-    """`sftdist prepare` on the rows of `place`; with `kill_after` seconds, SIGKILL to it."""
+def run(place: Path, stores: str, *more: str, kill_at: int | None = None) -> Prepared:
+    """`sftdist prepare` on the rows of `place`; SIGKILL to it where `kill_at` shards are there."""
     words = [
         *("+exp=full", f"model.tokenizer={place / 'tokenizer'}", "model.path=none", "model.chat_template=chatml"),
         *(f"data.train={place / 'rows.jsonl'}", f"data.store_dir={place / stores}", *more),
@@ -136,11 +139,16 @@ def run(place: Path, stores: str, *more: str, kill_after: float | None = None) -
     )
     while process.poll() is None:
         _look(process, found.peaks)
-        if kill_after is not None and time.monotonic() - began > kill_after:
+        if kill_at is not None and len(_shards(place / stores)) >= kill_at:
             os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.2)
     found.code, found.seconds, found.cpu = process.returncode, time.monotonic() - began, _cpu() - spent
     return found
+
+
+def _shards(stores: Path) -> dict[str, int]:
+    """The shards of a store that is being made, and when each was written."""
+    return {file.name: file.stat().st_mtime_ns for file in stores.glob(".train-*.work/*.npz")}
 
 
 def _cpu() -> float:
@@ -192,6 +200,7 @@ def speed(place: Path, rows: int, workers: int) -> list[dict[str, Any]]:
                 "seconds": round(done.seconds, 1),
                 "rows/s": rows / done.seconds,
                 "tokens/s": tokens / done.seconds,
+                "CPU s": round(done.cpu, 1),
                 "rows per CPU s": rows / done.cpu,
                 "largest process, GiB": done.largest_gib,
                 "processes": len(done.peaks),
@@ -206,17 +215,18 @@ def _tokens(stores: Path) -> int:
     return int(manifest["tokens"])
 
 
-def killed(place: Path, workers: int, seconds: float) -> dict[str, Any]:
-    """Killed in the middle and started again: the seconds of both together against those of one undisturbed prepare."""
+def killed(place: Path, rows: int, workers: int) -> dict[str, Any]:
+    """Killed in the middle and started again: how many shards were there, and the CPU seconds that were left."""
     shutil.rmtree(place / "killed", ignore_errors=True)
     more = (f"data.workers={workers}", *OFF)
-    first = run(place, "killed", *more, kill_after=0.6 * seconds)
+    first = run(place, "killed", *more, kill_at=rows // SHARD_ROWS // 2)
+    done = len(_shards(place / "killed"))
     second = run(place, "killed", *more)
     assert (first.code, second.code) == (-signal.SIGKILL, 0), (first, second)
     return {
-        "undisturbed, s": seconds,
-        "killed after, s": first.seconds,
-        "the rest, s": second.seconds,
+        "killed after shards": done,
+        "of shards": -(-rows // SHARD_ROWS),
+        "the rest, CPU s": second.cpu,
         "the same bytes": digest(place / "killed") == digest(place / "plain"),
     }
 
@@ -256,7 +266,7 @@ def main() -> None:
         write_rows(place / "rows.jsonl", given.rows, seed=0)
         table = speed(place, given.rows, given.workers)
         figures = {
-            **killed(place, given.workers, float(table[0]["seconds"])),
+            **killed(place, given.rows, given.workers),
             **other_workers(place, given.others),
             **added(place, given.workers),
         }

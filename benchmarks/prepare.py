@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.machine import Result, command, load, shared_data
+from sftdist.data.clean import Rules
 from sftdist.data.encode import Job, Samples, encode_chunk
 from sftdist.data.mask import MaskOptions
 from sftdist.data.pipeline import PrepareRequest, SourceRequest, prepare
@@ -100,7 +101,7 @@ def rows_that_differ(setting: Setting) -> int:
     They do differ where an answer begins with a line feed: apply_chat_template joins it with the line feed of the
     prompt into one token, which the model would never see at inference.
     """
-    job = _job(setting)
+    job = replace(_job(setting), rules=Rules(False, False, False, False))  # the same texts on both sides
     encoded = [row for chunk in chunks(job.parts) for row in _rows(encode_chunk(job, chunk).samples)]
     table = mapped(setting, 1, batched=True)
     pairs = zip(encoded, table["input_ids"], table["assistant_masks"], strict=True)

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.storage import write_json
-from sftdist.data.duplicates import STAGE, STAGES, Decision, Facts
+from sftdist.data.duplicates import CONTRADICTION, STAGE, STAGES, Decision, Facts
 from sftdist.data.encode import Columns, Job, Label, Samples, Shard, renumbered
 from sftdist.data.lint import Lint
-from sftdist.data.shards import Piece, signatures_of
+from sftdist.data.shards import Piece, own_file, signatures_of
 from sftdist.data.store import LABELS, TRAIN, Block, StoreFigures, TokenStore, write_store
 from sftdist.data.template import ChatTemplate
 
@@ -80,7 +80,7 @@ def build_store(
     """Write the store of a job from the shards of its whole input. `decide` says which rows stay; `work` is a folder
     for what is too large for memory; `tick` is told again and again how far it is, `verify` runs before publishing."""
     found, columns = _gathered(pieces, job, tick)
-    signatures = None if job.near is None else signatures_of(found, work / "signatures.bin")
+    signatures = None if job.near is None else signatures_of(found, own_file(work / "signatures"))
     decision = decide(_facts(columns, signatures))
     tally = Tally()
 
@@ -152,7 +152,7 @@ def _blocks(
 ) -> Iterator[Block]:
     """The kept rows, a shard at a time; what left, and what is wrong, goes into its list."""
     labels: dict[Label, int] = {}
-    twins = _names_of(pieces, decision.twin)
+    twins = _names_of(pieces, np.concatenate([decision.twin, decision.contradicts]))
     start = 0
     for piece in pieces:
         shard = piece.load()
@@ -165,6 +165,8 @@ def _blocks(
         _list_rejects(files.rejects, shard, stage, tally)
         _list_dropped(files.dropped, job, shard, stage, [twins.get(row) for row in decision.twin[rows].tolist()])
         _list_findings(files.findings, shard, stage, tally)
+        against = [twins.get(row) for row in decision.contradicts[rows].tolist()]
+        _list_contradictions(files.findings, job, shard, stage, against)
         yield _block(shard, stage[shard.samples.of] == KEPT, labels)
     write_json(folder / LABELS, [{"tags": tags, "label_origin": origin} for tags, origin in labels])
 
@@ -217,6 +219,16 @@ def _list_findings(file: TextIO, shard: Shard, stage: NDArray[np.uint8], tally: 
             tally.found.update({problem.kind for problem in problems})
             for problem in problems:
                 _write(file, problem.to_dict(problem.file))
+
+
+def _list_contradictions(
+    file: TextIO, job: Job, shard: Shard, stage: NDArray[np.uint8], against: Sequence[str | None]
+) -> None:
+    for i, twin in enumerate(against):
+        if twin is not None and stage[i] == KEPT and shard.columns.split[i] == TRAIN:
+            place = {"file": job.parts[shard.files[i]].name, "line": int(shard.lines[i]), "id": shard.row_ids[i]}
+            said = {"reason": "one prompt with different answers", "message": f"another answer to the prompt of {twin}"}
+            _write(file, {"kind": CONTRADICTION, "source": job.source.name, **place, **said})
 
 
 def _write(file: TextIO, row: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from sftdist.data.rowerror import RowError
 from sftdist.data.schema import Conversation, parse
 from sftdist.data.sources import Source, chunks, parts_of
 
-CONTAMINATION_VERSION = 1
+CONTAMINATION_VERSION = 2
 QUOTED, FEWEST = 13, 8  # words in a row
 TEMPLATE_PROMPTS = 10  # words in a row that more prompts have say nothing
 PLAIN_TEXT = (".txt", ".md")

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftdist.core.settings import NearDuplicates, OnFinding
+from sftdist.data.keys import TOOLS_BYTES
 from sftdist.data.near import Near, near_twins
 from sftdist.data.store import TRAIN
 
-DECIDE_VERSION = 1
+DECIDE_VERSION = 2
 # Where a row can end. Those before `duplicate` are left before anything is decided.
 STAGES = (
     "read",
@@ -29,6 +30,7 @@ STAGES = (
 STAGE = {name: number for number, name in enumerate(STAGES)}
 # Bits of `Facts.flags`, set for what a train row leaves for; what is only reported has no bit.
 FLAGS = {"contaminated": 1, "breach": 2, "cut_off": 4}
+CONTRADICTION = "contradiction"
 EXAMPLES = 5  # pairs of rows of each finding
 
 
@@ -50,11 +52,13 @@ class Facts:
 class Decision:
     """Per row the place in `STAGES` where it ends (uint8 [n]) and the row that it leaves for (int64 [n], or -1).
 
+    `contradicts` int64 [n]: the row with another answer to the same prompt, or -1, whether one of them leaves or not.
     `found` counts rows by finding, whether they leave or not; `examples` are pairs of rows (a row, its twin).
     """
 
     stage: NDArray[np.uint8]
     twin: NDArray[np.int64]
+    contradicts: NDArray[np.int64]
     found: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
@@ -75,7 +79,7 @@ def decide(
     """
     rows = len(facts.split)
     stage = np.full(rows, STAGE["kept"], dtype=np.uint8)
-    decision = Decision(stage, np.full(rows, -1, dtype=np.int64))
+    decision = Decision(stage, np.full(rows, -1, dtype=np.int64), np.full(rows, -1, dtype=np.int64))
     if deduplicate:
         first = _first_of(facts.contents)
         again = first != np.arange(rows)
@@ -85,7 +89,8 @@ def decide(
     for name, bit in FLAGS.items():
         stage[(stage == STAGE["kept"]) & train & (facts.flags & bit > 0)] = STAGE[name]
     twin = _contradicting(facts, np.flatnonzero(stage == STAGE["kept"]))
-    _note(decision, "contradiction", twin >= 0, twin, leaves=train & (contradictions is OnFinding.drop))
+    decision.contradicts[:] = twin
+    _note(decision, CONTRADICTION, twin >= 0, twin, leaves=train & (contradictions is OnFinding.drop))
     if near is not None and facts.signatures is not None and near_duplicates is not NearDuplicates.off:
         drop = near_duplicates is NearDuplicates.drop
         for split in np.unique(facts.split).tolist():
@@ -114,12 +119,14 @@ def _note(
 
 
 def _contradicting(facts: Facts, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each of these rows the first one with the same prompt and another answer, or -1; -1 for all other rows."""
+    """For each of these rows the first one with the same prompt and tools and another answer, or -1; -1 for all other
+    rows."""
     twin = np.full(len(facts.split), -1, dtype=np.int64)
     if not len(rows):
         return twin
-    first = _first_of(facts.prompts[rows])  # of the prompt
-    differs = np.any(facts.answers[rows] != facts.answers[rows][first], axis=1)
+    answers = facts.answers[rows]
+    first = _first_of(np.concatenate([facts.prompts[rows], answers[:, :TOOLS_BYTES]], axis=1))  # of the prompt
+    differs = np.any(answers != answers[first], axis=1)
     # The first row of a prompt contradicts the first one that differs from it; all others contradict one of the two.
     other = np.full(len(rows), -1, dtype=np.int64)
     late = np.flatnonzero(differs)[::-1]

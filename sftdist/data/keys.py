@@ -9,6 +9,7 @@ import unicodedata
 from sftdist.data.schema import Conversation, Message
 
 DIGEST_BYTES = 16
+TOOLS_BYTES = 4  # of an answer's key
 
 
 def content_key(conversation: Conversation) -> bytes:
@@ -32,10 +33,14 @@ def prompt_key(conversation: Conversation) -> bytes:
 
 
 def answer_key(conversation: Conversation) -> bytes:
-    """Digest of the first assistant turn, what answers the prompt of `prompt_key`; white space as there."""
+    """What answers the prompt of `prompt_key`: `TOOLS_BYTES` of a digest of the tools that could be used, the rest of
+    one of the first assistant turn; white space as there."""
     first = next(message for message in conversation.messages if message.role == "assistant")
     parts = [" ".join(comparable(first.content).split()), list(first.tool_calls)]
-    return digest(json.dumps(parts, ensure_ascii=False, sort_keys=True))
+    tools, answer = (
+        digest(json.dumps(part, ensure_ascii=False, sort_keys=True)) for part in (conversation.tools, parts)
+    )
+    return tools[:TOOLS_BYTES] + answer[TOOLS_BYTES:]
 
 
 def comparable(text: str) -> str:

@@ -28,7 +28,7 @@ from sftdist.core.storage import (
     write_json,
 )
 from sftdist.data.near import NEAR_VERSION, Near, near_of
-from sftdist.data.problems import Ban, Problems
+from sftdist.data.problems import Ban
 from sftdist.data.rowset import as_keys
 from sftdist.data.store import HOLDOUT, LEAKED, SPLITS, TRAIN, VALIDATION, TokenStore
 
@@ -268,16 +268,22 @@ def _without(store: TokenStore, rows: Rows, digest: str, overlay: str) -> TokenS
 # --- what is said ---------------------------------------------------------------------------------------
 
 
-def note_leaks(
-    problems: Problems, overlay: Overlay, policy: Leaks | None, shown: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Add the train rows that may not be left out silently: all with `Leaks.error`; by default those that leak the
-    user's own holdout file. `shown`: by source, how its files are called in messages."""
+def refused_leaks(
+    overlay: Overlay, policy: Leaks | None, shown: Mapping[str, Mapping[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """The train rows that may not be left out silently, as problems: all with `Leaks.error`; by default those that leak
+    the user's own holdout file. `shown`: by source, how its files are called in messages."""
     for row in overlay.dropped():
         if row["split"] == SPLITS[TRAIN] and (policy is Leaks.error or (policy is None and row["own"])):
-            place = f"{shown[row['source']][row['file']]}:{row['line']}"
-            said = f"{place}: {row['reason']} as {row['twin_source']} {row['twin']}"
-            problems.add_group(LEAK, f"{row['reason']} as a held-out row", 1, [said])
+            yield {
+                "kind": LEAK,
+                "source": row["source"],
+                "file": shown[row["source"]][row["file"]],
+                "line": row["line"],
+                "id": row["id"],
+                "reason": f"{row['reason']} as a held-out row",
+                "message": f"{row['reason']} as {row['twin_source']} {row['twin']}",
+            }
 
 
 def leak_figures(overlay: Overlay) -> dict[str, Any]:

@@ -20,13 +20,8 @@ from sftdist.data.build import build_store
 from sftdist.data.duplicates import decide
 from sftdist.data.encode import encode_chunk
 from sftdist.data.report import Preparation
-from sftdist.data.shards import Piece, works
-from sftdist.data.sources import (
-    Part,
-    not_at_rest,
-    places,
-    read_chunk,
-)
+from sftdist.data.shards import TORN, Piece, works
+from sftdist.data.sources import Part, not_at_rest, places, read_chunk
 from sftdist.data.store import TokenStore
 from sftdist.data.tasks import PrepareRequest, Task
 from sftdist.data.workers import Workers
@@ -43,13 +38,18 @@ def have_store(
     say: Callable[[str], None],
     tick: Callable[[str], None],
 ) -> Preparation:
+    """Find the store of the task with this number, or make it; `say` and `tick` as in `prepare`."""
     if _is_whole(task, say=None):
         remove_abandoned(task.path)  # as large as a store, and nobody will write this one again
         return Preparation(TokenStore.open(task.path), reused=True, changed=[])
     changed = changed_ingredients(task.path, task.name, task.ingredients)
     if changed:
         say(f"{task.name}: tokenised again, for these have changed: {', '.join(changed)}")
-    with alone(task.work / LOCK, lambda who: say(f"{task.name}: waiting for {who}, which prepares the same store")):
+    with alone(
+        task.work / LOCK, lambda who: say(f"{task.name}: waiting for {who}, which prepares the same store")
+    ) as locked:
+        if locked:
+            _remove_torn(task)
         try:
             if made := not _is_whole(task, say):
                 _make_store(request, task, number, workers, tick)
@@ -108,9 +108,13 @@ def _pieces(task: Task, number: int, workers: Workers) -> Iterator[Piece]:
     first = list(islice(found, FEW_CHUNKS))
     if len(first) < FEW_CHUNKS:
         return (encode_chunk(task.job, read_chunk(place, task.job.parts)) for place in first)
-    for torn in task.work.glob("*.tmp"):
-        torn.unlink(missing_ok=True)
     return workers.make(works(number, chain(first, found), task.work))
+
+
+def _remove_torn(task: Task) -> None:
+    """What killed processes were writing; only for one who knows that nobody else writes there."""
+    for torn in task.work.glob(f"*{TORN}"):
+        torn.unlink(missing_ok=True)
 
 
 def _remove_work(task: Task) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sftdist.data.schema import Conversation, Message
 
-NEAR_VERSION = 1  # goes up when the same text gets another signature
+NEAR_VERSION = 2  # goes up when the same text gets another signature
 PERMUTATIONS = 128
 EMPTY = 0xFFFF  # all values of a signature without a shingle
 REACH = 32  # with how many neighbours a row is compared in each band
@@ -32,7 +32,11 @@ PROMPT_THRESHOLD = 0.8
 MISSED = 0.001  # of the pairs that are just near, because none of their bands is equal
 COMMON_SHARE, COMMON_ROWS = 0.05, 50  # what is in more of the rows is a template, not what a row says
 
-SEPARATOR, LETTER, ALONE = range(3)  # what a character is in a text: between words, in one, a word by itself
+# What a character is in a text: between words, in one, a word by itself, a word by itself between two words.
+SEPARATOR, LETTER, ALONE, OPERATOR = range(4)
+OPERATORS = "+-*/=<>#%^&|~×÷−±≤≥≠"  # noqa: RUF001 - "12 + 7" is not "12 - 7"
+SUFFIXES = [ord("+"), ord("#")]  # also at the end of a word: C++ and C# are not C
+DASHES = [ord("-"), 0x2212]  # only between digits; elsewhere they join words, or are a dash
 # Scripts that put no space between words (code points, both ends included).
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -147,11 +151,12 @@ def _texts(m: Message) -> tuple[str, ...]:
 
 def words(text: str) -> NDArray[np.uint64]:
     """A hash of each word of a text: letters, digits and marks in a row, without case and width; a character of a
-    script that is written without spaces is a word by itself. Punctuation and symbols only separate."""
+    script that is written without spaces is a word by itself, and so is an operator between two words. Punctuation and
+    other symbols only separate."""
     folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text.casefold())
     folded = folded.replace("'", "").replace("’", "")  # noqa: RUF001 - both apostrophes: don't is dont
     points = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    kinds = _kinds(128 if folded.isascii() else 0x110000)[points]
+    kinds = _in_place(points, _kinds(128 if folded.isascii() else 0x110000)[points])
     inside = kinds != SEPARATOR
     starts = inside.copy()
     starts[1:] &= (kinds[1:] == ALONE) | (kinds[:-1] != LETTER)
@@ -162,6 +167,25 @@ def words(text: str) -> NDArray[np.uint64]:
     place = np.arange(len(points)) - np.repeat(first, lengths)
     terms = (points + np.uint64(1)) * _powers(LETTER_BASE, int(lengths.max()))[place]
     return np.add.reduceat(terms, first)
+
+
+def _in_place(points: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Kinds in which each operator is a word or a separator, by what stands around it; one blank does not count. So
+    the marks of Markdown at the begin of a line, and pairs of them, stay separators."""
+    at = np.flatnonzero(kinds == OPERATOR)
+    if not len(at):
+        return kinds
+    blank, is_word, is_digit = np.zeros((3, len(points) + 4), dtype=bool)
+    blank[2:-2] = points == ord(" ")
+    is_word[2:-2] = (kinds == LETTER) | (kinds == ALONE)
+    is_digit[2:-2] = (points >= ord("0")) & (points <= ord("9"))
+    before, after = at + 1, at + 3
+    before, after = before - blank[before], after + blank[after]
+    between = is_word[before] & is_word[after]
+    between &= ~np.isin(points[at], DASHES) | (is_digit[before] & is_digit[after])
+    suffix = is_word[at + 1] & np.isin(points[at], SUFFIXES)
+    kinds[at] = np.where(between | suffix, ALONE, SEPARATOR)
+    return kinds
 
 
 def shingle_hashes(hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint32]:
@@ -218,6 +242,7 @@ def _kinds(count: int) -> NDArray[np.uint8]:
     kinds = np.array([unicodedata.category(chr(point))[0] in "LMN" for point in range(count)], dtype=np.uint8)
     for start, end in UNSPACED:
         kinds[start : end + 1] *= ALONE
+    kinds[[ord(character) for character in OPERATORS if ord(character) < count]] = OPERATOR
     return kinds
 
 

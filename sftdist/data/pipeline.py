@@ -13,14 +13,14 @@ from typing import Any
 
 from sftdist.core.settings import OnFinding
 from sftdist.data.build import SAY_EVERY_SECONDS, at_most_every
+from sftdist.data.duplicates import CONTRADICTION
 from sftdist.data.findings import BREACH, CUT_OFF
 from sftdist.data.holdout import Data, settle
-from sftdist.data.leaks import BAN, Overlay, leak_figures, note_leaks, overlay_of
+from sftdist.data.leaks import BAN, Overlay, leak_figures, overlay_of, refused_leaks
 from sftdist.data.making import have_store
 from sftdist.data.manifest import Provenance, data_manifest, left_at, rows_of
 from sftdist.data.problems import Ban, Problems
 from sftdist.data.refusals import (
-    CONTRADICTION,
     UnfitError,
     Watched,
     gather,
@@ -97,9 +97,9 @@ def prepare(
     watched = [
         _watched(request, entry, task, store) for (entry, _), task, store in zip(roles, tasks, stores, strict=True)
     ]
-    problems = gather(request.store_dir / BAD_ROWS, watched)
-    if overlay is not None:
-        note_leaks(problems, overlay, request.leaks, {one.store.name: one.shown for one in watched})
+    shown = {one.store.name: one.shown for one in watched}
+    leaks = () if overlay is None else refused_leaks(overlay, request.leaks, shown)
+    problems = gather(request.store_dir / BAD_ROWS, watched, leaks)
     wrong = [*_unfit(request, stores), *_refusals(request, watched, problems)]
     holdout = _settle_holdout(request, stores, say) if not wrong else {}
     report = {

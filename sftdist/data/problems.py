@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +109,12 @@ class Problems:
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one problem of a file of problems, in which those of one row stand together."""
         kind, where = row["kind"], (row["source"], row["file"], row["line"], row["id"])
-        self.add_group(kind, row["reason"], 1, [f"{row['file']}:{row['line']}: {row['message']}"])
-        if self._last.get(kind) == where:
-            self._rows[kind] -= 1  # two problems of one row
+        group = self.groups.setdefault((kind, row["reason"]), Group(kind, row["reason"]))
+        group.rows += 1
+        if len(group.examples) < EXAMPLES:
+            group.examples.append(f"{row['file']}:{row['line']}: {row['message']}")
+        self._rows[kind] += self._last.get(kind) != where  # two problems of one row count once
         self._last[kind] = where
-
-    def add_group(self, kind: str, reason: str, count: int, examples: Iterable[str]) -> None:
-        """Count rows of which only a few are at hand."""
-        group = self.groups.setdefault((kind, reason), Group(kind, reason))
-        group.rows += count
-        self._rows[kind] += count
-        group.examples += islice(examples, EXAMPLES - len(group.examples))
 
     def count(self, kind: str) -> int:
         """How many rows have a problem of this kind."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from sftdist.data.build import FINDINGS, REJECTS
 from sftdist.data.problems import BAD, REFUSED, Ban, Limit, Problems, write_problems
 from sftdist.data.store import TRAIN, TokenStore
 
-CONTRADICTION = "contradiction"
 Row = Mapping[str, Any]
 
 
@@ -34,16 +34,10 @@ class Watched:
     bans: Mapping[str, Ban] = field(default_factory=dict)
 
 
-def gather(path: Path, watched: Sequence[Watched]) -> Problems:
+def gather(path: Path, watched: Sequence[Watched], leaks: Iterable[Row] = ()) -> Problems:
     """All rows that are left out or banned, in the file `path` and in groups."""
     problems = Problems()
-    write_problems(path, (row for one in watched for row in _rows(one)), problems.add)
-    for one in watched:
-        if (ban := one.bans.get(CONTRADICTION)) is not None and (
-            count := one.store.manifest["found"].get(CONTRADICTION)
-        ):
-            examples = (_contradiction(one, pair) for pair in one.store.manifest["examples"].get(CONTRADICTION, ()))
-            problems.add_group(ban.kind, f"one prompt with different answers in {one.store.name}", count, examples)
+    write_problems(path, chain((row for one in watched for row in _rows(one)), leaks), problems.add)
     return problems
 
 
@@ -54,11 +48,6 @@ def _rows(one: Watched) -> Iterator[Row]:
         for row in read_jsonl(one.store.path / FINDINGS):
             if row["kind"] in one.bans:
                 yield {**row, "kind": one.bans[row["kind"]].kind, "file": one.shown[row["file"]]}
-
-
-def _contradiction(one: Watched, pair: Row) -> str:
-    here = f"{one.shown[pair['file']]}:{pair['line']}: another answer to the prompt of"
-    return f"{here} {one.shown[pair['twin_file']]}:{pair['twin_line']}"
 
 
 def limits_of(watched: Sequence[Watched], *, max_bad_rows: int, max_refused: int) -> list[Limit]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import zipfile
 import zlib
 from collections import Counter
@@ -31,6 +32,7 @@ from sftdist.data.sources import Place, read_chunk
 from sftdist.data.store import SIGNATURE_TYPE, Weights, ids_dtype
 
 SHARD_CHUNKS = 4  # 2,048 rows: what a kill may cost each worker, and what is in memory at a time
+TORN = ".tmp"
 CRC_BYTES = 4  # of all that comes before them; what follows an archive does not disturb who reads it
 TEXT = "text"  # the member that holds what is no array, as JSON
 
@@ -189,11 +191,16 @@ def save(shard: Shard, file: Path, header: dict[str, Any]) -> None:
         "weight_values": weights.values,
     }
     arrays[TEXT] = _bytes(text)
-    temp = file.with_suffix(f".{os.getpid()}.tmp")
+    temp = own_file(file)
     data = _archive(arrays)
     with naming(file):
         temp.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "big"))
         temp.replace(file)
+
+
+def own_file(file: Path) -> Path:
+    """A name beside `file` for what this process alone writes there, which is torn where it is still there later."""
+    return file.with_suffix(f".{socket.gethostname()}-{os.getpid()}{TORN}")
 
 
 def _archive(arrays: Mapping[str, NDArray[Any]]) -> bytes:

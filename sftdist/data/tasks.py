@@ -191,13 +191,18 @@ def tasks_of(
             "lint": LINT_VERSION,
             "near": None if request.near is None else {"version": NEAR_VERSION, **asdict(request.near)},
             **job.checks.ingredients(),
-            "decontaminate": [CONTAMINATION_VERSION, *map(sha256_file, evaluation)] if contamination else None,
+            "decontaminate": _evaluation(evaluation) if contamination else None,
             "split": {"split": split, "validation": job.validation, "holdout": job.holdout},
             "mask": {k: str(v) for k, v in vars(entry.mask).items()},
         }
         key = sha256_json(ingredients)[:KEY_DIGITS]
         tasks.append(Task(job, ingredients, request.store_dir / f"{entry.source.name}-{key}"))
     return tasks
+
+
+def _evaluation(files: Sequence[Path]) -> list[Any]:
+    """What the rows that hold an evaluation prompt depend on; the names of the files stand in what is said of them."""
+    return [CONTAMINATION_VERSION, *([file.name, sha256_file(file)] for file in files)]
 
 
 def _evaluation_files(request: PrepareRequest) -> list[Path]:
@@ -219,7 +224,8 @@ def _evaluation_files(request: PrepareRequest) -> list[Path]:
 def vocabulary_path(request: PrepareRequest, parts: dict[str, list[Part]]) -> Path:
     prints = [fingerprint(entry.source, parts[entry.source.name]) for entry in request.sources]
     fractions = [request.validation_fraction, request.holdout_fraction]
-    key = sha256_json([VOCABULARY_VERSION, request.vocabulary, prints, fractions])[:KEY_DIGITS]
+    cleaned = [CLEAN_VERSION, asdict(request.rules)]
+    key = sha256_json([VOCABULARY_VERSION, request.vocabulary, prints, fractions, cleaned])[:KEY_DIGITS]
     return request.store_dir / f"tokenizer-{key}"
 
 

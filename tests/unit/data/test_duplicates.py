@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,14 @@ def test_one_prompt_with_different_answers(policy: OnFinding) -> None:
     assert decision.examples["contradiction"] == [(0, 2), (2, 0), (3, 2)]
     gone = [("contradiction", 2), KEPT, ("contradiction", 0), ("contradiction", 2), KEPT]
     assert left(decision) == (gone if policy is OnFinding.drop else [KEPT] * 5)
+
+
+def test_other_tools_are_another_question() -> None:
+    with_tool = replace(chat("p", "yes"), tools=({"type": "function", "function": {"name": "f"}},))
+    rows = [with_tool, chat("p", "no"), replace(with_tool, id="y")]
+    assert "contradiction" not in decided(facts(rows)).found
+    rows[2] = replace(chat("p", "no"), tools=with_tool.tools)
+    assert decided(facts(rows)).examples["contradiction"] == [(0, 2), (2, 0)]
 
 
 def test_a_contradiction_is_no_near_duplicate() -> None:

@@ -115,7 +115,7 @@ def test_everything_that_is_wrong_is_one_message(request_for: Make) -> None:
     overrides = "data.max_bad_rows=1 data.max_refused=1 data.sources.train.on_breach=drop data.cut_off=drop"
     assert lines[-1] == f"{overrides} data.contradictions=drop"
     written = {row["kind"] for row in read_jsonl(request.store_dir / "bad_rows.jsonl")}
-    assert written == {"bad", "refused", "train: breach", "cut_off"}
+    assert written == {"bad", "refused", "train: breach", "cut_off", "contradiction"}
 
 
 def test_two_breaches_of_a_row_are_one_row() -> None:

@@ -73,6 +73,22 @@ def test_case_width_and_punctuation_do_not_count(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [("12 + 7", "12 - 7"), ("12 * 7", "12 / 7"), ("sort in C++?", "sort in C#?"), ("sort in C", "sort in C#")],
+)
+def test_operators_count(one: str, other: str) -> None:
+    assert words(one).tolist() != words(other).tolist()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("12+7", "12 + 7"), ("# Head\n- **one**\n* two", "head one two"), ("so - it is", "so, it is"), ("+", "")],
+)
+def test_marks_of_the_layout_do_not_count(one: str, other: str) -> None:
+    assert words(one).tolist() == words(other).tolist()
+
+
+@pytest.mark.parametrize(
     ("text", "count"),
     [
         ("the cat sat", 3),

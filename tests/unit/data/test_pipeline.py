@@ -22,6 +22,7 @@ from sftdist.data.pipeline import Prepared, PrepareRequest, SourceRequest, prepa
 from sftdist.data.report import LENGTHS, lost_at
 from sftdist.data.sources import CHUNK_ROWS, Source
 from sftdist.data.store import LEAKED, TRAIN, TokenStore
+from sftdist.data.tasks import parts_by_name, roles_of, vocabulary_path
 from sftdist.data.vocabulary import train_tokenizer
 
 
@@ -278,6 +279,8 @@ def test_files_of_their_own_for_validation_and_holdout(request_for: Make, tmp_pa
     with pytest.raises(DataError) as caught:
         prepare(request)
     assert str(caught.value).splitlines()[-1] == "data.leaks=drop"
+    listed = list(read_jsonl(request.store_dir / "bad_rows.jsonl"))
+    assert [(one["id"], one["kind"]) for one in listed] == [("r2", "leak")]  # validation is not the user's holdout
     prepared = prepare(replace(request, leaks=Leaks.drop))
     assert counts(prepared)["leaked"] == 2
     assert set(prepared.stores) == {"train"}
@@ -393,6 +396,14 @@ def test_a_vocabulary_is_trained_once_on_train_rows_alone(request_for: Make) -> 
     assert (folder / "tokenizer.json").read_bytes() == before
     texts = [t for r, s in zip(rows, store.split, strict=True) if not s for t in _texts(r)]
     assert json.loads(before)["model"] == json.loads(train_tokenizer(texts, 320).backend_tokenizer.to_str())["model"]
+
+
+def test_a_vocabulary_of_other_cleaning_is_another_one(request_for: Make) -> None:
+    rows = [row(f"question  {i}  \r\nand more", f"answer {i}") for i in range(50)]
+    request = replace(request_for(rows), tokenizer=None, vocabulary=320, chat_template=None)
+    kept = replace(request, rules=Rules(line_ends=False, unicode_nfc=False, trailing_blanks=False))
+    first, other = (vocabulary_path(one, parts_by_name(roles_of(one))) for one in (request, kept))
+    assert first != other
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

@@ -89,6 +89,9 @@ def _check_parts(schema: dict[str, Any], draft: type[Validator]) -> None:
             asked = part.contents.get("format")
             if isinstance(asked, str) and asked not in formats:
                 raise Fault(f"given the format {asked}, required one of {', '.join(sorted(formats))} ({FORMATS})")
+            if "patternProperties" in part.contents:
+                # The library searches these by itself, in several keywords; nothing stops a search without an end.
+                raise Fault("given patternProperties, whose patterns have no time limit; required properties by name")
             for key in ("$ref", "$dynamicRef"):
                 if (reference := part.contents.get(key)) is not None:
                     _check_reference(reference, resolver)

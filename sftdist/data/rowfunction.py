@@ -25,11 +25,31 @@ def load_row_function(path: str) -> Callable[[Any], Any]:
 
 
 def row_function_source(path: str) -> dict[str, str]:
-    """The name, and the hash of the whole module: what the function calls may have changed as well."""
+    """The name, and the hash of the module and of what it uses of its own folder: what the function calls may have
+    changed as well."""
     load_row_function(path)
     module, _ = _module(path)
-    source = Path(module.__file__ or "").read_bytes()
-    return {"name": path, "sha256": hashlib.sha256(source).hexdigest()}
+    digest = hashlib.sha256()
+    for file in _own_files(module):
+        digest.update(file.read_bytes())
+    return {"name": path, "sha256": digest.hexdigest()}
+
+
+def _own_files(module: ModuleType) -> list[Path]:
+    """The files of a module and of the modules below its folder that it uses, directly or through one another."""
+    folder = Path(module.__file__ or "").parent
+    found: dict[str, Path] = {}
+    pending = [module]
+    while pending:
+        used = pending.pop()
+        file = Path(getattr(used, "__file__", None) or "")
+        if used.__name__ in found or not file.is_file() or not file.is_relative_to(folder):
+            continue
+        found[used.__name__] = file
+        for value in list(vars(used).values()):
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            pending += [sys.modules[name]] if name in sys.modules else []
+    return [found[name] for name in sorted(found)]
 
 
 def _module(path: str) -> tuple[ModuleType, str]:

@@ -236,6 +236,10 @@ def test_a_schema_in_a_file_of_its_own(contract: Any, tmp_path: Path) -> None:
         ("schema: s.json", "No such file or directory"),
         ("guideline: g.md", "No such file or directory"),
         ("schema: {type: objekt}", "schema.type: not a JSON Schema: 'objekt' is not valid"),
+        (
+            "schema: {patternProperties: {'^(a+)+$': {}}}",
+            "schema: given patternProperties, whose",
+        ),
         ("schema: {pattern: '(a'}", "schema.pattern: not a JSON Schema: '(a' is not a 'regex'"),
         ("schema: {$schema: 'my draft'}", 'schema.$schema: given "my draft", required a draft of JSON Schema'),
         ("schema: {$ref: '#/$defs/x'}", 'schema: given the $ref "#/$defs/x", which is not in the file'),

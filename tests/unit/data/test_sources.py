@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from sftdist.core.errors import ConfigError, DataError
 from sftdist.core.settings import RowShape
+from sftdist.data.rowfunction import load_row_function
 from sftdist.data.schema import Conversation, Reject
 from sftdist.data.sources import CHUNK_ROWS, Source, chunks, conversations, fingerprint, in_memory, parts_of
 
@@ -259,6 +261,21 @@ def test_a_row_function_makes_rows(module: Path) -> None:
     before = fingerprint(source, parts_of(source))
     module.write_text(FUNCTION + "# a helper changed\n")
     assert fingerprint(source, parts_of(source)) != before
+
+
+def test_what_a_row_function_uses_of_its_own_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rows.py").write_text("from my_helper import clean\n\n\ndef rows(row):\n    return clean(row)\n")
+    monkeypatch.chdir(tmp_path)
+    source = Source("s", rows=[], row_function="my_rows:rows")
+    prints = []
+    for text in ("row", "row or None"):
+        (tmp_path / "my_helper.py").write_text(f"import json\n\n\ndef clean(row):\n    return {text}\n")
+        for name in ("my_rows", "my_helper"):
+            sys.modules.pop(name, None)
+        load_row_function.cache_clear()
+        importlib.invalidate_caches()
+        prints.append(fingerprint(source, [])["row_function"]["sha256"])
+    assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize("path", ["my_row_function", "my_row_function:", "my_row_function:nothing", "no_such_mod:f"])

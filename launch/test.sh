@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1
 # Two files at a time: the tests wait for processes as long as they compute.
 pytest=(-rfEs --durations=15 -n 2 --dist loadfile)
 case "${1:-}" in
-"") timeout --signal=INT --kill-after=30 1500 pytest "${pytest[@]}" ;;
+"") timeout --signal=INT --kill-after=30 2100 pytest "${pytest[@]}" ;;
 all) pytest "${pytest[@]}" -m "" ;;
 *) echo "given $1, required nothing or all" >&2 && exit 2 ;;
 esac

@@ -150,14 +150,16 @@ def test_a_second_ctrl_c_stops_at_once_even_in_a_save(place: Path) -> None:
 
 
 def test_a_signal_while_small_data_is_prepared_loses_nothing(place: Path) -> None:
-    """`sftdist train` itself prepares it, before any rank exists: 75, and no half store."""
+    """`sftdist train` itself prepares it, before any rank exists: 75, no half store, and what was done is kept."""
     write_rows(place / "many.jsonl", 40_000)
     keys = ["data.train=many.jsonl", "run.dir=runs/many", "data.store_dir=stores-of-many"]
     with Running([*TRAIN, *KEYS, *keys], place) as job:
-        job.until(lambda: any((place / "stores-of-many").glob(".*.tmp")))
+        job.until(lambda: any((place / "stores-of-many").glob(".train-*.work/*.npz")))
         job.tell(TERM)
         assert job.end() == 75, job.screen
-    assert list((place / "stores-of-many").iterdir()) == []
+    [left] = (place / "stores-of-many").iterdir()
+    assert left.match(".train-*.work")
+    assert any(left.glob("*.npz"))
     assert not (place / "runs/many").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sftdist.core.peers import PeerError
 
 T = TypeVar("T")
 FAILED, INTERRUPTED = 1, 130
+SPEAKER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def _sweep(command: Command[T], overrides: list[str]) -> int:
     if not is_worker():
         return command.sweep(overrides)
     if not _speaks():
+        time.sleep(SPEAKER_SECONDS)  # torchrun ends this rank when rank 0 has spoken; the first to fail ends the others
         return FAILED
     raise ConfigError(
         "-m: torchrun runs one job, a sweep is several; let each job start its own ranks: "

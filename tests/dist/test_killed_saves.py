@@ -83,7 +83,7 @@ def assert_nothing_else_moved(before: Contents, after: Contents, step: int, run_
         folder = re.fullmatch(r"checkpoints/([^/]+)/.+", name)
         if folder is None and name in before:  # in the background training goes on: lines are added behind the old ones
             size, digest = before[name]
-            grown = name.endswith(".jsonl") and contents(run_dir, limits={name: size})[name] == (size, digest)
+            grown = name.endswith((".jsonl", ".log")) and contents(run_dir, limits={name: size})[name] == (size, digest)
             assert grown or (name == "status.json" and status(run_dir)["state"] == "running"), name
         elif folder is None:
             assert re.fullmatch(r"\.(LATEST|status\.json)\.\w+\.tmp", name), name

@@ -9,7 +9,16 @@ from typing import Any
 
 from sftdist.core.migrations import version_issue
 from sftdist.core.mix import lambda_issue
-from sftdist.core.settings import DataConfig, ExportConfig, Init, Method, Offload, PrepareConfig, TrainConfig
+from sftdist.core.settings import (
+    DataConfig,
+    ExportConfig,
+    Init,
+    Method,
+    MonitorConfig,
+    Offload,
+    PrepareConfig,
+    TrainConfig,
+)
 from sftdist.core.typed import shown
 
 # key: the least value; None is always allowed where the schema allows it.
@@ -40,6 +49,13 @@ AT_LEAST = {
     "launch.nodes": 1,
     "launch.node_rank": 0,
     "launch.max_restarts": 0,
+    "evals.max_prompts": 1,
+    "evals.max_new_tokens": 1,
+    "evals.batch_size": 1,
+    "evals.robustness_prompts": 1,
+    "evals.resamples": 100,
+    "gate.min_prompts": 1,
+    "to_label_rows": 1,
     "limit": 1,
     "cluster.gpus": 1,
 }
@@ -47,6 +63,7 @@ ABOVE_ZERO = (
     *("data.temperature", "data.max_passes", "train.epochs", "tune.alpha", "optimizer.lr", "optimizer.eps"),
     *("checkpoint.grace_seconds", "export.shard_gib", "cluster.memory_gib"),
     *("launch.join_seconds", "launch.lost_seconds", "launch.hang_seconds"),
+    "watch_seconds",
 )
 # key: whether 1 itself is allowed
 FRACTIONS = {
@@ -57,8 +74,14 @@ FRACTIONS = {
     "optimizer.momentum": False,
     "optimizer.warmup_ratio": True,
     "optimizer.min_lr_ratio": True,
+    "evals.confidence": False,
+    "gate.confidence": False,
 }
-WORDS = {"output": ("terminal", "html", "jsonl"), "lock": ("write", "extend", "withdraw")}
+WORDS = {
+    "output": ("terminal", "html", "jsonl"),
+    "lock": ("write", "extend", "withdraw"),
+    "split": ("validation", "holdout"),
+}
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -72,7 +95,7 @@ def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
     if issue := version_issue(cfg.config_version):
         return [issue]
     issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg), *_nodes(cfg)]
-    if complete:
+    if complete and not isinstance(cfg, MonitorConfig):  # a release brings its model and its figures along
         issues += _completeness(cfg)
     if not isinstance(cfg, DataConfig):
         issues += [*_steps(cfg), *_engine(cfg), *_checkpoints(cfg)]

@@ -115,6 +115,11 @@ class Wandb(StrEnum):
     disabled = "disabled"
 
 
+class Engine(StrEnum):
+    hf = "hf"
+    vllm = "vllm"
+
+
 class ExportDtype(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
@@ -276,7 +281,8 @@ class CheckpointSettings:
     every_steps: int = 100  # 0: never, but for the one at the end
     keep_last: int = 2
     keep_every: int = 0  # checkpoints of steps divisible by this stay, too; 0: none
-    keep_best: bool = False  # the one with the lowest eval/loss stays, too
+    keep_best: bool = False  # the best one stays, too
+    best: str = "eval/loss"  # what is the best: the lowest eval/loss, or a metric that `evaluate watch=true` follows
     background: bool = False  # train on while a checkpoint is written; takes host memory for one checkpoint
     grace_seconds: float = 300.0
 
@@ -321,6 +327,51 @@ class SweepSettings:
 
 
 @dataclass(kw_only=True)
+class JudgeSettings:
+    """A model behind an OpenAI-compatible URL that judges answers."""
+
+    url: str | None = None  # such as http://localhost:8000/v1; without: nobody judges
+    model: str | None = None
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    rubric: str | None = None  # a text file; default: the package's own
+
+
+@dataclass(kw_only=True)
+class EvalsSettings:
+    """What `evaluate` measures, and how the models answer."""
+
+    probes: list[str] = field(
+        default_factory=lambda: ["task", "behaviour", "format", "contract", "safety", "robustness", "loss"]
+    )
+    max_prompts: int | None = 200  # per source
+    max_new_tokens: int = 256
+    engine: Engine = Engine.hf
+    batch_size: int = 16
+    precision: Precision | None = None  # of the weights that answer; default: fp32 on a CPU, bf16 on a GPU
+    schemas: dict[str, str] = field(default_factory=dict)  # source: file with the JSON Schema of its answers
+    functions: list[str] = field(default_factory=list)  # package.module:function, of your own metrics
+    policy: Any = None  # a file or list of prompts with the expected stance, beside the package's own
+    adversarial: bool = True  # the package's own adversarial prompts
+    robustness: list[str] = field(default_factory=lambda: ["typos", "case", "paraphrase", "no_system"])
+    robustness_prompts: int = 50  # per source
+    classifier: str | None = None  # folder of a text classifier whose label says that an answer is unsafe
+    unsafe_label: str = "unsafe"
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    confidence: float = 0.95  # of the intervals in the report
+    resamples: int = 2000
+    cache: str | None = None  # folder of answers that were given already; default: <data.store_dir>/answers
+
+
+@dataclass(kw_only=True)
+class GateSettings:
+    """What a model must fulfil before it is released; a rule is text, or a mapping with `rule` and keys of its own."""
+
+    rules: list[Any] = field(default_factory=list)
+    min_prompts: int = 50  # fewer prompts decide nothing: the rule is refused
+    confidence: float = 0.95
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """Everything that `prepare`, `train`, `plan` and `inspect` share."""
 
@@ -342,6 +393,8 @@ class TrainConfig:
     launch: LaunchSettings = field(default_factory=LaunchSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    evals: EvalsSettings = field(default_factory=EvalsSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
 
 
 @dataclass(kw_only=True)
@@ -385,3 +438,41 @@ class PlanConfig(TrainConfig):
     """The keys of train, and the machine that `plan` plans for."""
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(DataConfig):
+    """The keys of train, and what `evaluate` adds. Without a run in `run.dir`, `model.path` is the model to judge."""
+
+    candidate: str | None = None  # a model folder, adapter or release NAME@vN; default: the run's export
+    base: str | None = None  # what it is compared with; default: the run's model.path, an adapter's base
+    split: str = "validation"  # validation | holdout
+    tasks: list[str] = field(default_factory=list)  # of lm-eval: names, or task files of your own
+    watch: bool = False  # score each new checkpoint of run.dir
+    watch_seconds: float = 30.0  # between two looks
+    registry: str = "registry"  # where releases are
+
+
+@dataclass(kw_only=True)
+class PublishConfig(EvaluateConfig):
+    """The keys of evaluate, and what `publish` adds."""
+
+    name: str | None = None  # of the release
+    split: str = "holdout"
+    hub: str | None = None  # push the release to this repository of the Hugging Face Hub, too
+    hub_private: bool = True
+
+
+@dataclass(kw_only=True)
+class MonitorConfig(DataConfig):
+    """The keys of train, and what `monitor` adds."""
+
+    release: str | None = None  # NAME@vN, NAME (the latest), or the folder of a release
+    registry: str = "registry"
+    traffic: Any = None  # JSONL files of live prompts, and answers where there are
+    to_label: str | None = None  # file for a sample of prompts that are out of the profile
+    to_label_rows: int = 200
+    regression: bool = False  # ask the holdout's prompts again
+    endpoint: str | None = None  # OpenAI-compatible URL of the served release; default: its folder
+    endpoint_model: str | None = None
+    report: str | None = None  # folder of the report; default: <release>/monitor beside the registry

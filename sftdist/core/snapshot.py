@@ -20,7 +20,10 @@ T = TypeVar("T", bound=TrainConfig, default=TrainConfig)
 FILE = "config.yaml"
 # A run keeps its name, and can be resumed, when only these change. The version says how a file is written, not what is
 # trained: a run that was begun with an earlier one goes on.
-NOT_HASHED = ("config_version", "run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run")
+NOT_HASHED = (
+    *("config_version", "run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run"),
+    *("evals", "gate"),
+)
 IDENTITY = ("run.dir", "run.name")
 SECTIONS = tuple(item.name for item in fields(TrainConfig))
 

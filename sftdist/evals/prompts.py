@@ -1,0 +1,45 @@
+"""What a model is asked in an evaluation: a prompt, what the answer is held against, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftdist.data.message import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Messages up to the answer that is asked for, and the answer that was given there (`reference`).
+
+    `id` is unique in an evaluation, `<source>/<id of the row>`; `source` is a source of the data, or the set of prompts
+    that a probe brings along. `checks` is what the answer must fulfil beside being like the reference: `schema`,
+    `instructions`, `stance`, `forbidden` and so on, each read by the probe that knows it. `variant_of`: the id of the
+    prompt that this one says in another way, `variant`: in which.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+    reference: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tags: tuple[str, ...] = ()
+    turn: int = 0  # assistant turns that stand before
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    variant_of: str | None = None
+    variant: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The last user message."""
+        return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, without the stop token; `finished` is False where `max_new_tokens` cut it off."""
+
+    text: str
+    tokens: int
+    finished: bool

@@ -1,0 +1,95 @@
+"""The result of an evaluation: every score of every prompt, for the tuned model and for its base, as versioned JSON.
+
+Averages and their intervals are made of these by `evals.intervals`; nothing here knows torch, so that the gate and the
+registry can read reports where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sftdist.core.errors import GateError
+from sftdist.core.storage import read_json, write_json
+
+REPORT_FORMAT = 1
+REPORT = "report.json"
+ROWS = "rows.jsonl"  # a line per prompt: the prompt, the reference, both answers, their scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One metric over the prompts that it applies to, in the same order in `ids tuned base weights`.
+
+    The figure of a model is Σ weight · value / Σ weight; without `weights` each prompt counts the same. `low` and
+    `high` bound what a value can be; `higher_is_better` None: the metric describes and cannot be better or worse.
+    """
+
+    ids: list[str]
+    tuned: list[float]
+    base: list[float] | None = None
+    weights: list[float] | None = None
+    higher_is_better: bool | None = True
+    low: float | None = 0.0
+    high: float | None = 1.0
+    meaning: str = ""  # a short sentence for people
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model that answered: `sha256` of its files (`evals.identity`), and where it lay."""
+
+    path: str
+    sha256: str
+    files: dict[str, str] = field(default_factory=dict)  # sha256 by name
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Metrics by name, `<source or set of prompts>.<metric>` such as `format.schema_valid`.
+
+    `decoding`: engine, dtype, batch size, greedy or not, the most new tokens. `data`: what was asked: the split, the
+    prompts per source, the key of each store, the version of the holdout's lock, how often the holdout was looked at.
+    `run`: name, directory and configuration of the run, where there is one.
+    """
+
+    created: str  # UTC, ISO 8601
+    split: str
+    tuned: ModelFacts
+    base: ModelFacts | None
+    decoding: dict[str, Any]
+    data: dict[str, Any]
+    metrics: dict[str, Scores]
+    run: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        """`folder/report.json`, in one step."""
+        path = folder / REPORT
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"format": REPORT_FORMAT, **asdict(self)})
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> EvalReport:
+        """The report in a file. Raises GateError where it is none, or one of another version."""
+        if not path.is_file():
+            raise GateError(f"{path}: given no file, required the report of an evaluation; run sftdist evaluate first")
+        found = read_json(path)
+        if not isinstance(found, dict) or found.pop("format", None) != REPORT_FORMAT:
+            raise GateError(f"{path}: given no report of format {REPORT_FORMAT}; run sftdist evaluate again")
+        return cls(
+            **{
+                **found,
+                "tuned": ModelFacts(**found["tuned"]),
+                "base": _facts(found["base"]),
+                "metrics": {name: Scores(**scores) for name, scores in found["metrics"].items()},
+            }
+        )
+
+
+def _facts(found: Mapping[str, Any] | None) -> ModelFacts | None:
+    return None if found is None else ModelFacts(**found)

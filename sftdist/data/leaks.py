@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def overlay_of(
     }
     path = folder / f"leaks-{sha256_json(ingredients)[:KEY_DIGITS]}"
     if path.is_dir() and verify_directory(path):
-        remove_path(path)
+        with suppress(FileNotFoundError):  # another process has found it, too
+            remove_path(path)
     if not path.is_dir():
         say("comparing the train rows with those that are held out")
         found = list(find_leaks(sources, validation, holdout, near=near, files_only=files_only))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the test extras, lint, check types and run the tests that this machine can run.
-#   bash launch/test.sh        what every change must pass, about 10 minutes on 2 cores
+#   bash launch/test.sh        what every change must pass, about 15 minutes on 2 cores
 #   bash launch/test.sh all    the long tests, too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

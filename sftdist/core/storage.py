@@ -165,20 +165,26 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def write_manifest(
+    folder: Path,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    name: str = MANIFEST,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write `folder/manifest.json` over every file below; `known` holds entries that need no second reading.
 
-    A known file is in it even where a network file system does not list yet what another host has made. Raises OSError
-    where one is not there.
+    A known file is in it even where a network file system does not list yet what another host has made. `name`: another
+    one for the file; `facts`: what else stands in it. Raises OSError where a file is not there.
     """
     known = known or {}
     entries = {}
-    for name in sorted({*_file_names(folder), *known}):
-        file = folder / name
+    for listed in sorted({*_file_names(folder, name), *known}):
+        file = folder / listed
         size = file.stat().st_size
-        entries[name] = dict(known.get(name) or {"bytes": size, "sha256": sha256_file(file)})
-    manifest = {"format": FORMAT, "files": entries}
-    write_json(folder / MANIFEST, manifest)
+        entries[listed] = dict(known.get(listed) or {"bytes": size, "sha256": sha256_file(file)})
+    manifest = {"format": FORMAT, **(facts or {}), "files": entries}
+    write_json(folder / name, manifest)
     return manifest
 
 
@@ -200,42 +206,45 @@ def commit_directory(temp: Path, final: Path, flushed: Collection[str] = ()) -> 
     return True
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path, *, name: str = MANIFEST) -> dict[str, dict[str, Any]]:
     """The entries of a directory's manifest by file name. Raises OSError, and ValueError where it is none of ours."""
-    text = (folder / MANIFEST).read_bytes().decode("utf-8")  # as it is: read_text would translate line ends
+    text = (folder / name).read_bytes().decode("utf-8")  # as it is: read_text would translate line ends
     manifest = json.loads(text)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError("it lists no files")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"format {manifest.get('format')}, this version reads format {FORMAT}")
     entries: dict[str, dict[str, Any]] = manifest["files"]
-    for name, entry in entries.items():
+    for listed, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
-            raise ValueError(f"its entry for {name!r} does not consist of bytes and sha256")
+            raise ValueError(f"its entry for {listed!r} does not consist of bytes and sha256")
     if text != _json_text(manifest):
         raise ValueError("it is not as it was written")
     return entries
 
 
-def verify_directory(path: Path, *, content: bool = True) -> list[str]:
+def verify_directory(path: Path, *, content: bool = True, name: str = MANIFEST) -> list[str]:
     """Problems of a published directory, each with its file name; empty where it is what its manifest says.
 
-    `content=False` compares names and sizes only, without reading the files.
+    `content=False` compares names and sizes only, without reading the files. `name`: that of the manifest.
     """
-    manifest = path / MANIFEST
+    manifest = path / name
     try:
-        entries = read_manifest(path)
-        extra = sorted(set(_file_names(path)) - set(entries))
+        entries = read_manifest(path, name=name)
+        extra = sorted(set(_file_names(path, name)) - set(entries))
     except FileNotFoundError:
         return [f"{manifest}: missing; the directory was never published whole"]
     except (OSError, ValueError) as error:
         return [f"{manifest}: unreadable ({_reason(error)})"]
-    return [f"{path / name}: not in {MANIFEST}" for name in extra] + verify_files(path, entries, content=content)
+    problems = verify_files(path, entries, content=content, manifest=name)
+    return [f"{path / file}: not in {name}" for file in extra] + problems
 
 
-def verify_files(folder: Path, entries: Mapping[str, Mapping[str, Any]], *, content: bool = True) -> list[str]:
+def verify_files(
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], *, content: bool = True, manifest: str = MANIFEST
+) -> list[str]:
     """Problems of these files, each with its name; `content=False` compares sizes only."""
-    found = (_problem(folder / name, entry, content) for name, entry in entries.items())
+    found = (_problem(folder / name, entry, content, manifest) for name, entry in entries.items())
     return [problem for problem in found if problem is not None]
 
 
@@ -248,15 +257,15 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _problem(file: Path, entry: Mapping[str, Any], content: bool) -> str | None:
+def _problem(file: Path, entry: Mapping[str, Any], content: bool, manifest: str) -> str | None:
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
-            return f"{file}: {size} bytes, {MANIFEST} says {entry['bytes']}"
+            return f"{file}: {size} bytes, {manifest} says {entry['bytes']}"
         if content and sha256_file(file) != entry["sha256"]:
-            return f"{file}: its sha256 is not the one in {MANIFEST}; one of the two has changed"
+            return f"{file}: its sha256 is not the one in {manifest}; one of the two has changed"
     except FileNotFoundError:
-        return f"{file}: missing, but in {MANIFEST}"
+        return f"{file}: missing, but in {manifest}"
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         return f"{file}: unreadable ({_reason(error)})"
     return None
@@ -266,9 +275,9 @@ def _reason(error: OSError | ValueError) -> str:
     return str(error.strerror if isinstance(error, OSError) else error)
 
 
-def _file_names(folder: Path) -> list[str]:
+def _file_names(folder: Path, manifest: str) -> list[str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [name for path in files if (name := path.relative_to(folder).as_posix()) != MANIFEST]
+    return [name for path in files if (name := path.relative_to(folder).as_posix()) != manifest]
 
 
 def _cut_torn_line(descriptor: int) -> None:

@@ -83,7 +83,7 @@ def test_a_known_file_is_in_the_manifest_though_it_is_not_listed_yet(
     (tmp_path / "mine").write_bytes(b"1")
     (tmp_path / "theirs").write_bytes(b"22")
     entry = {"bytes": 2, "sha256": sha256_file(tmp_path / "theirs")}
-    monkeypatch.setattr(storage, "_file_names", lambda folder: ["mine"])
+    monkeypatch.setattr(storage, "_file_names", lambda folder, manifest: ["mine"])
     write_manifest(tmp_path, {"theirs": entry})
     assert read_manifest(tmp_path)["theirs"] == entry
     (tmp_path / "theirs").unlink()

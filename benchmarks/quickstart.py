@@ -21,11 +21,11 @@ from sftdist.core.ledger import versions
 from sftdist.core.settings import RowShape
 from sftdist.core.storage import read_json, read_jsonl, write_json
 from sftdist.data.keys import prompt_key
-from sftdist.data.message import Message
 from sftdist.data.schema import Conversation, parse
 from sftdist.data.split import split_of
 from sftdist.data.store import HOLDOUT
-from sftdist.evals.generate import Speaker
+from sftdist.evals.generate import ask as answers_of
+from sftdist.evals.prompts import Prompt
 from sftdist.evals.scores import fields_right, same_answer, same_text, valid_under
 
 SOURCES = ("domain", "general", "format")
@@ -58,16 +58,16 @@ def score(source: str, answers: list[str], references: list[str], schema: dict[s
 
 def ask(folder: Path, rows: dict[str, list[Conversation]], schema: dict[str, Any]) -> dict[str, Any]:
     """Scores of one model on the held-out rows, and its first answers of each source."""
-    speaker, began = Speaker.load(folder), time.perf_counter()
+    began = time.perf_counter()
     scores: dict[str, float] = {}
     examples: dict[str, list[dict[str, str]]] = {}
     for source, conversations in rows.items():
-        prompts: list[tuple[Message, ...]] = [conversation.messages[:-1] for conversation in conversations]
+        prompts = [Prompt(row.id, source, row.messages[:-1], tools=row.tools) for row in conversations]
         references = [conversation.messages[-1].content for conversation in conversations]
-        answers = [answer.text for answer in speaker.answer(prompts, max_new_tokens=160)]
+        answers = [answer.text for answer in answers_of(folder, prompts, max_new_tokens=160)]
         scores |= score(source, answers, references, schema)
         examples[source] = [
-            {"prompt": prompt[-1].content, "answer": answer, "reference": reference}
+            {"prompt": prompt.question, "answer": answer, "reference": reference}
             for prompt, answer, reference in zip(prompts[:3], answers, references, strict=False)
         ]
     return {"scores": scores, "seconds": round(time.perf_counter() - began, 1), "examples": examples}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from sftdist.core.errors import ConfigError, StartupError
+from sftdist.core.errors import CheckpointError, ConfigError, StartupError
 from sftdist.core.storage import sha256_file
 from sftdist.model.attention import register
 
@@ -70,6 +70,19 @@ def load_model(
         enable_checkpointing(model)
     model.train()
     return model
+
+
+def load_strictly(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a folder by `from_pretrained`, to be asked and not to be trained.
+
+    Raises CheckpointError for a tensor that is missing, unknown or of another shape.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:

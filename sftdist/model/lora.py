@@ -385,7 +385,7 @@ def require_learned(state: Mapping[str, Tensor]) -> None:
         raise CheckpointError("every lora_B of the adapter is zero: it has learned nothing; train it before an export")
 
 
-def load_adapter(folder: Path) -> PeftModel:
+def load_adapter(folder: Path, dtype: torch.dtype | str = "auto") -> PeftModel:
     """The adapter in a folder on the base that its `adapter_config.json` names, as PEFT alone loads it.
 
     Raises CheckpointError for a tensor that is missing or unknown.
@@ -393,7 +393,7 @@ def load_adapter(folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(str(folder))
     if not config.base_model_name_or_path:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base: use export.merge=true")
-    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype)
     model = PeftModel.from_pretrained(base, str(folder))
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:

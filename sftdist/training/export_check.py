@@ -18,12 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from sftdist.core.distributed import STOP_SIGNALS, die_with_parent
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import verify_directory
+from sftdist.model.load import load_strictly
 
 PROBE = "probe.json"
 LOGITS = "probe.safetensors"
@@ -65,16 +66,6 @@ def _tensor_problems(path: Path) -> list[str]:
             elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 problems.append(f"{name} is not finite")
     return problems
-
-
-def load_strictly(folder: Path) -> PreTrainedModel:
-    """The model by `from_pretrained`. CheckpointError for a tensor that is missing, unknown or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(kind):
-            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
 
 
 @torch.no_grad()

@@ -1,93 +1,118 @@
-"""Greedy generation: ends at a stop id, asks with the training template, the same for every batch size."""
+"""Greedy answers: they end at a stop id, are asked for with the training template, and do not depend on the batch."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
-from sftdist.core.errors import ConfigError
+from sftdist.core.errors import ConfigError, DataError
 from sftdist.core.storage import read_json, write_json
-from sftdist.data.schema import Message
-from sftdist.evals.generate import Speaker
+from sftdist.data.message import Message
+from sftdist.evals.decoding import Decoding
+from sftdist.evals.generate import ask, batches_of
+from sftdist.evals.prompts import Prompt
+from sftdist.evals.voice import Voice
+from sftdist.model.load import load_strictly
 
 BASE = Path(str(files("sftdist.assets") / "base"))
-PROMPTS = [
+TALKS = [
     [Message("user", "Echo: lamp 4711 Marela")],
     [Message("user", "Say again: river")],
     [Message("system", "town: Osvak\nnumber: 80213\nfriend: Tibo"), Message("user", "What is the number?")],
     [Message("user", "red green blue\nBackwards?")],
     [Message("user", "The key is Salo. The hat is 55.\n" * 6 + "Quote the hat.")],
 ]
+PROMPTS = [Prompt(f"test/{number}", "test", tuple(talk)) for number, talk in enumerate(TALKS)]
 
 
-@pytest.fixture(scope="module")
-def speaker() -> Speaker:
-    return Speaker.load(BASE)
-
-
-def _by_hand(speaker: Speaker, prompt: Sequence[Message], limit: int) -> list[int]:
-    """One prompt, no padding, no cache, one token after another."""
-    ids = speaker.template.encode_prompt(list(prompt))
+def _by_hand(voice: Voice, model: torch.nn.Module, prompt: Prompt, limit: int) -> list[int]:
+    """One prompt, no padding, no cache of keys and values, one token after another."""
+    ids = list(voice.encode(prompt))
     start = len(ids)
-    while len(ids) - start < limit and (len(ids) == start or ids[-1] not in speaker.stop_ids):
+    while len(ids) - start < limit and (len(ids) == start or ids[-1] not in voice.stop_ids):
         with torch.no_grad():
-            ids.append(int(speaker.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[start:]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_answers_are_those_of_one_prompt_alone(speaker: Speaker, batch_size: int) -> None:
-    answers = speaker.answer(PROMPTS, max_new_tokens=12, batch_size=batch_size)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = _by_hand(speaker, prompt, 12)
-        finished = ids[-1] in speaker.stop_ids
-        text = speaker.template.tokenizer.decode(ids[:-1] if finished else ids)
-        assert (answer.text, answer.tokens, answer.finished) == (text, len(ids) - finished, finished)
+def test_answers_are_those_of_one_prompt_alone() -> None:
+    voice, model = Voice.load(BASE), load_strictly(BASE, torch.float32)
+    by_hand = [_by_hand(voice, model, prompt, 12) for prompt in PROMPTS]
+    for batch_size in (1, 2, 5):
+        for ids, answer in zip(by_hand, ask(BASE, PROMPTS, max_new_tokens=12, batch_size=batch_size), strict=True):
+            finished = ids[-1] in voice.stop_ids
+            text = voice.template.tokenizer.decode(ids[:-1] if finished else ids)
+            assert (answer.text, answer.tokens, answer.finished) == (text, len(ids) - finished, finished)
 
 
-def test_a_base_that_copies_ends_its_answer(speaker: Speaker) -> None:
-    answers = speaker.answer(PROMPTS, max_new_tokens=40)
+def test_a_base_that_copies_ends_its_answer() -> None:
+    answers = ask(BASE, PROMPTS, max_new_tokens=40)
     assert [answer.text for answer in answers][:3] == ["lamp 4711 Marela", "river", "80213"]
     assert all(answer.finished for answer in answers)
 
 
-def test_a_cut_answer_says_so(speaker: Speaker) -> None:
-    (answer,) = speaker.answer(PROMPTS[:1], max_new_tokens=2)
+def test_a_cut_answer_says_so() -> None:
+    (answer,) = ask(BASE, PROMPTS[:1], max_new_tokens=2)
     assert not answer.finished
     assert answer.tokens == 2
 
 
-def _folder_with(tmp_path: Path, settings: Mapping[str, object]) -> Path:
+def _folder_with(tmp_path: Path, file: str, settings: Mapping[str, object]) -> Path:
     folder = tmp_path / "model"
-    shutil.copytree(BASE, folder)
-    file = folder / "generation_config.json"
-    write_json(file, {**read_json(file), **settings})
+    if not folder.exists():
+        shutil.copytree(BASE, folder)
+    write_json(folder / file, {**read_json(folder / file), **settings})
     return folder
 
 
-def test_sampling_settings_of_a_folder_change_nothing(speaker: Speaker, tmp_path: Path) -> None:
+def test_sampling_settings_of_a_folder_change_nothing(tmp_path: Path) -> None:
     settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
-    other = Speaker.load(_folder_with(tmp_path, settings))
-    assert other.answer(PROMPTS, max_new_tokens=8) == speaker.answer(PROMPTS, max_new_tokens=8)
+    folder = _folder_with(tmp_path, "generation_config.json", settings)
+    assert ask(folder, PROMPTS, max_new_tokens=8) == ask(BASE, PROMPTS, max_new_tokens=8)
 
 
-def test_it_stops_at_the_ids_of_the_folder_alone(speaker: Speaker, tmp_path: Path) -> None:
-    (first,) = speaker.answer(PROMPTS[1:2], max_new_tokens=8)
-    start = speaker.template.tokenizer.encode("river", add_special_tokens=False)[0]
-    stopped = Speaker.load(_folder_with(tmp_path, {"eos_token_id": [start]}))
-    (answer,) = stopped.answer(PROMPTS[1:2], max_new_tokens=8)
+def test_it_stops_at_the_ids_of_the_folder_alone(tmp_path: Path) -> None:
+    (first,) = ask(BASE, PROMPTS[1:2], max_new_tokens=8)
+    start = Voice.load(BASE).template.tokenizer.encode("river", add_special_tokens=False)[0]
+    folder = _folder_with(tmp_path, "generation_config.json", {"eos_token_id": [start]})
+    (answer,) = ask(folder, PROMPTS[1:2], max_new_tokens=8)
     assert first.text == "river"
     assert (answer.text, answer.finished) == ("", True)
 
 
 def test_a_folder_without_a_stop_id_is_refused(tmp_path: Path) -> None:
-    folder = _folder_with(tmp_path, {"eos_token_id": None})
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**config, "eos_token_id": None})
+    folder = _folder_with(tmp_path, "generation_config.json", {"eos_token_id": None})
+    _folder_with(tmp_path, "config.json", {"eos_token_id": None})
     with pytest.raises(ConfigError, match=r"generation_config.json without eos_token_id.*add them"):
-        Speaker.load(folder)
+        Voice.load(folder)
+
+
+def test_both_models_stop_at_the_ids_of_either(tmp_path: Path) -> None:
+    folder = _folder_with(tmp_path, "generation_config.json", {"eos_token_id": [5]})
+    own, other = Voice.load(BASE).stop_ids, Voice.load(folder).stop_ids
+    assert other == (5,)
+    assert Voice.load(folder, BASE).stop_ids == Voice.load(BASE, folder).stop_ids == tuple(sorted({*own, 5}))
+
+
+def test_a_prompt_that_leaves_no_position_is_an_error_that_says_so() -> None:
+    voice = Voice.load(BASE)
+    short = Voice(voice.template, voice.stop_ids, positions=len(voice.encode(PROMPTS[4])))
+    with pytest.raises(
+        DataError, match=r"prompt test/4: given \d+ tokens, but the model has \d+ positions.*data.max_len"
+    ):
+        short.encode(PROMPTS[4])
+    assert list(short.refused(PROMPTS)) == ["test/4"]
+
+
+def test_a_prompt_near_the_end_of_the_positions_gets_the_room_that_is_left() -> None:
+    voice = Voice.load(BASE)
+    ids = [voice.encode(prompt) for prompt in PROMPTS]
+    near = Voice(voice.template, voice.stop_ids, positions=len(ids[4]) + 3)
+    batches = batches_of(ids, near, Decoding(max_new_tokens=12, batch_size=8))
+    assert [(len(batch.prompts), batch.room) for batch in batches] == [(1, 3), (4, 12)]
+    assert batches == batches_of(reversed(ids), near, Decoding(max_new_tokens=12, batch_size=8))

@@ -1,0 +1,227 @@
+"""The registry: `registry/<name>/v<N>/`, each version whole from the moment that it has its name, and never changed.
+
+A version is written beside the others under a temporary name and renamed when all of it is on the disk, so a process
+that is killed leaves a whole version or none. `latest` is a file that holds the name of a version (a link is not known
+to every network file system) and moves last. Publishers take turns at a lock; where the file system has no locks, the
+rename decides who gets a number.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from sftdist.core.errors import ConfigError, GateError
+from sftdist.core.lock import alone
+from sftdist.core.storage import (
+    append_jsonl,
+    commit_directory,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    temporary_directory,
+    verify_directory,
+    write_manifest,
+    write_text,
+)
+
+RELEASE = "release.json"
+LATEST = "latest"
+LOG = "log.jsonl"  # every release and every rollback of a name
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_VERSION = re.compile(r"v([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published version. Its folder is a model folder, with `release.json` and everything else beside the weights."""
+
+    name: str
+    version: int
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.name}@v{self.version}"
+
+    def facts(self) -> dict[str, Any]:
+        """What `release.json` says. Raises GateError where that cannot be read."""
+        try:
+            found = read_json(self.path / RELEASE)
+        except (OSError, ValueError) as problem:
+            raise GateError(f"{self.path / RELEASE}: cannot be read ({problem}), but every release has one") from None
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A version under way: where its files are written, the number that it will have, and what `latest` is now."""
+
+    name: str
+    version: int
+    folder: Path
+    last: Release | None
+
+
+def release(
+    registry: Path,
+    name: str,
+    fill: Callable[[Path], None],
+    describe: Callable[[Draft], Mapping[str, Any]],
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Release:
+    """Publish the next version of `name`, then move `latest` to it.
+
+    `fill` writes what does not depend on the number (the weights: other publishers need not wait for that), `describe`
+    the rest, and returns what stands in `release.json` beside the sha256 of every file; it is called again where
+    somebody else has got the number. What either raises ends the matter: nothing is left then.
+    """
+    home = registry / check_name(name)
+    temp = temporary_directory(home / "release")
+    try:
+        fill(temp)
+        with alone(home / ".lock", lambda holder: say(f"waiting for {holder}, which is releasing {name}, too")):
+            made = _commit(registry, name, temp, describe)
+            _point(home, versions(registry, name)[-1].version)  # where nobody waits, a later one may be there by now
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return made
+
+
+def _commit(registry: Path, name: str, temp: Path, describe: Callable[[Draft], Mapping[str, Any]]) -> Release:
+    home = registry / name
+    while True:
+        version = max((found.version for found in versions(registry, name)), default=0) + 1
+        facts = describe(Draft(name, version, temp, latest(registry, name)))
+        own = {"name": name, "version": version, "created": _now()}
+        write_manifest(temp, name=RELEASE, facts={**own, **facts})
+        for file in temp.rglob("*"):
+            if file.is_file():
+                file.chmod(file.stat().st_mode & ~0o222)  # nobody edits a release by accident
+        # Before the rename, so that every whole version has its line; one that is killed here leaves a line too many.
+        _log(home, "release", version, sha256=sha256_file(temp / RELEASE))
+        if commit_directory(temp, home / f"v{version}"):
+            return Release(name, version, home / f"v{version}")
+
+
+def versions(registry: Path, name: str) -> list[Release]:
+    """The published versions of a name, the oldest first; none where there is no such name."""
+    home = registry / name
+    found = [(_VERSION.fullmatch(path.name), path) for path in home.iterdir()] if home.is_dir() else []
+    made = [Release(name, int(match[1]), path) for match, path in found if match and path.is_dir()]
+    return sorted(made, key=lambda one: one.version)
+
+
+def names(registry: Path) -> list[str]:
+    """Every name with a published version, in order."""
+    found = (path.name for path in registry.iterdir()) if registry.is_dir() else iter(())
+    return sorted(name for name in found if _NAME.fullmatch(name) and versions(registry, name))
+
+
+def latest(registry: Path, name: str) -> Release | None:
+    """The version in use; None before the first release has come to its end."""
+    pointer = registry / name / LATEST
+    if not pointer.is_file():
+        return None
+    word = pointer.read_text(encoding="utf-8").strip()
+    match = _VERSION.fullmatch(word)
+    path = registry / name / word
+    if match is None or not path.is_dir():
+        raise ConfigError(
+            f"{pointer}: given {word!r}, required one of the versions beside it; set it with sftdist release rollback"
+        )
+    return Release(name, int(match[1]), path)
+
+
+def find(registry: Path, reference: str) -> Release:
+    """The release that `NAME@vN`, `NAME` (the latest) or the folder of a release means. Raises ConfigError."""
+    folder = Path(reference).expanduser()
+    if (folder / RELEASE).is_file():
+        facts = Release(folder.name, 0, folder).facts()
+        return Release(str(facts["name"]), int(facts["version"]), folder)
+    name, at, word = reference.partition("@")
+    made = versions(registry, name) if _NAME.fullmatch(name) else []
+    if not made:
+        raise ConfigError(_no_name(registry, reference, name))
+    if not at or word == LATEST:
+        return latest(registry, name) or made[-1]
+    match = _VERSION.fullmatch(word)
+    for one in made:
+        if match and one.version == int(match[1]):
+            return one
+    have = ", ".join(f"v{one.version}" for one in made)
+    raise ConfigError(f"{reference}: given the version {word!r}, but {registry / name} has {have}")
+
+
+def resolve(registry: Path, reference: str) -> Path:
+    """The model folder that `NAME@vN`, `NAME` (the latest) or the folder of a release means. Raises ConfigError."""
+    return find(registry, reference).path
+
+
+def rollback(registry: Path, reference: str) -> tuple[str | None, Release]:
+    """Move `latest` to the release `NAME@vN`, and note it in the log; what `latest` said, and the release it is now."""
+    target = find(registry, reference)
+    home = registry / target.name
+    if target.path.resolve() != (home / f"v{target.version}").resolve():
+        raise ConfigError(f"{reference}: it is not in {registry}; give the registry that it is in: --registry FOLDER")
+    pointer = home / LATEST
+    with alone(home / ".lock", lambda holder: None):
+        before = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        _log(home, "rollback", target.version, was=before)
+        _point(home, target.version)
+    return before, target
+
+
+def history(registry: Path, name: str) -> list[dict[str, Any]]:
+    """Every release and rollback of a name, the oldest first."""
+    path = registry / name / LOG
+    return list(read_jsonl(path)) if path.is_file() else []
+
+
+def problems_of(one: Release, *, content: bool = True) -> list[str]:
+    """What is wrong with the files of a release, each by its name: changed, missing, or not listed in `release.json`.
+
+    `release.json` itself is held against the registry's log. `content=False` compares names and sizes only.
+    """
+    problems = verify_directory(one.path, content=content, name=RELEASE)
+    logged = {line["sha256"] for line in history(one.path.parent.parent, one.name) if _wrote(line, one.version)}
+    if logged and not problems and sha256_file(one.path / RELEASE) not in logged:
+        problems = [f"{one.path / RELEASE}: its sha256 is not the one in the registry's {LOG}; one of them has changed"]
+    return problems
+
+
+def check_name(name: str) -> str:
+    """The name, where a release can have it. Raises ConfigError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"name: given {name!r}, required letters, digits, '_', '-' and '.', such as support-bot")
+    return name
+
+
+def _no_name(registry: Path, reference: str, name: str) -> str:
+    have = names(registry)
+    close = get_close_matches(name, have, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    where = f"{registry} has {', '.join(have) or 'no release'}"
+    return f"{reference}: given no release, required NAME@vN, NAME or the folder of one; {where}{meant}"
+
+
+def _point(home: Path, version: int) -> None:
+    write_text(home / LATEST, f"v{version}\n")
+
+
+def _wrote(line: Mapping[str, Any], version: int) -> bool:
+    return bool(line["event"] == "release" and line["version"] == version)
+
+
+def _log(home: Path, event: str, version: int, **more: Any) -> None:
+    append_jsonl(home / LOG, [{"time": _now(), "event": event, "version": version, **more}])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,191 @@
+"""Whether two samples come from one distribution, and how far they are apart: pure functions of counts.
+
+Every test here is exact: where both samples come from one distribution, any way to deal the pooled items to the two is
+as likely as the one that was seen, so that the p-values come from draws of the multivariate hypergeometric distribution
+(a permutation test that needs counts only), or from its tails. Nothing is assumed of the sizes or of the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 10_000  # of the permutation test: no p-value is below 1 / (DRAWS + 1)
+RESAMPLES = 1000
+LEAST = 10  # items of both samples in a category that stands for itself
+BINS = 10
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two samples of counts over the same categories differ.
+
+    `psi` and `js` with intervals; `p`: how often chance alone gives a `js` as large as the one seen, or a larger one.
+    """
+
+    psi: Measured
+    js: Measured
+    p: float
+
+
+# --- how far apart ------------------------------------------------------------------------------------
+
+
+def stability_index(one: Counts, other: Counts) -> Floats:
+    """The population stability index of counts [..., k]: Σ (q - p) ln(q / p), with half an item added to each count.
+
+    Siddiqi, "Credit Risk Scorecards" (Wiley 2006), where below 0.1 is called small and above 0.25 large; it is the
+    symmetric divergence of Kullback and Leibler, "On information and sufficiency" (1951).
+    """
+    p, q = _shares(one + 0.5), _shares(other + 0.5)
+    return np.asarray(np.sum((q - p) * np.log(q / p), axis=-1))
+
+
+def jensen_shannon(one: Counts, other: Counts) -> Floats:
+    """The Jensen-Shannon divergence of counts [..., k] in bits: 0 for equal shares, 1 where nothing is in both.
+
+    Lin, "Divergence measures based on the Shannon entropy", IEEE Transactions on Information Theory 37 (1991).
+    """
+    p, q = _shares(one), _shares(other)
+    middle = (p + q) / 2
+    return np.asarray((_entropy_against(p, middle) + _entropy_against(q, middle)) / 2)
+
+
+def _shares(counts: NDArray[np.number]) -> Floats:
+    return np.asarray(counts / counts.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
+def _entropy_against(p: Floats, middle: Floats) -> Floats:
+    ratio = np.divide(p, middle, out=np.ones_like(p), where=p > 0)
+    return np.asarray(np.sum(p * np.log2(ratio), axis=-1))
+
+
+def difference(one: Counts, other: Counts, rng: np.random.Generator, confidence: float = 0.95) -> Difference:
+    """Compare counts [k] of two samples of independent items; each item is in one category."""
+    keep = one + other > 0
+    one, other = one[keep], other[keep]
+    seen = jensen_shannon(one, other)
+    dealt = rng.multivariate_hypergeometric(one + other, int(other.sum()), size=DRAWS, method="marginals")
+    by_chance = jensen_shannon(one + other - dealt, dealt)
+    again_one, again_other = (
+        rng.multinomial(int(counts.sum()), counts / counts.sum(), size=RESAMPLES) for counts in (one, other)
+    )
+    return Difference(
+        psi=basic_interval(
+            float(stability_index(one, other)), stability_index(again_one, again_other), confidence, np.inf
+        ),
+        js=basic_interval(float(seen), jensen_shannon(again_one, again_other), confidence, 1.0),
+        p=_share_of_draws(int(np.count_nonzero(by_chance >= seen - 1e-12))),
+    )
+
+
+def basic_interval(seen: float, again: Floats, confidence: float, most: float) -> Measured:
+    """The basic bootstrap interval of a divergence (Davison and Hinkley, "Bootstrap Methods", 1997, section 5.2).
+
+    A divergence of samples is larger than that of the distributions, and that of resamples larger again by as much:
+    both ends and the value are moved back by it, and stay between 0 and `most`.
+    """
+    low, high = np.quantile(again, [(1 - confidence) / 2, (1 + confidence) / 2])
+    ends = (2 * seen - float(again.mean()), 2 * seen - float(high), 2 * seen - float(low))
+    return Measured(*(float(min(max(0.0, end), most)) for end in ends))
+
+
+def _share_of_draws(as_large: int) -> float:
+    return (as_large + 1) / (DRAWS + 1)
+
+
+# --- categories ---------------------------------------------------------------------------------------
+
+
+def common(pooled: Counts) -> NDArray[np.int64]:
+    """[k] the new number of each category: its own where it has at least `LEAST` items, else the last, of all rest.
+
+    Looking at the pooled counts alone keeps the test exact.
+    """
+    large = pooled >= LEAST
+    return np.where(large, np.cumsum(large) - 1, large.sum())
+
+
+def neighbours(pooled: Counts) -> NDArray[np.int64]:
+    """[k] the new number of each of the ordered categories: at most about `BINS` of about as many items."""
+    before = np.concatenate([[0], np.cumsum(pooled)[:-1]]) + pooled / 2
+    found = np.floor(before / max(1, pooled.sum()) * BINS).astype(np.int64)
+    return np.asarray(np.unique(found, return_inverse=True)[1], dtype=np.int64)
+
+
+def merged(counts: Counts, numbers: NDArray[np.int64]) -> Counts:
+    """The counts of the new categories."""
+    return np.bincount(numbers, weights=counts, minlength=int(numbers.max(initial=0)) + 1).astype(np.int64)
+
+
+# --- shares -------------------------------------------------------------------------------------------
+
+
+def tails(have: Counts, of: int, live: Counts, live_of: int) -> tuple[Floats, Floats]:
+    """Fisher's exact test of shares `have / of` and `live / live_of`, for counts [k]: P(<= live) and P(>= live).
+
+    Where a count is near what is expected (within 2.5 standard deviations) both are 1, which is no less than they are.
+    """
+    pooled, total = have + live, of + live_of
+    share = live_of / total
+    spread = np.sqrt(np.maximum(pooled * share * (1 - share) * (total - pooled) / max(1, total - 1), 1e-12))
+    few, many = np.ones(len(live)), np.ones(len(live))
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])
+    for i in np.flatnonzero(np.abs(live - pooled * share) > 2.5 * spread):
+        few[i], many[i] = _tails(int(live[i]), int(pooled[i]), live_of, total, log_factorials)
+    return few, many
+
+
+def _tails(live: int, pooled: int, live_of: int, total: int, log_factorials: Floats) -> tuple[float, float]:
+    least, most = max(0, pooled + live_of - total), min(pooled, live_of)
+    x = np.arange(least, most + 1)
+
+    def choose(n: int, k: NDArray[np.int64]) -> Floats:
+        return np.asarray(log_factorials[n] - log_factorials[k] - log_factorials[n - k])
+
+    logs = choose(pooled, x) + choose(total - pooled, live_of - x) - choose(total, np.array(live_of))
+    chances = np.exp(logs)
+    return float(min(1.0, chances[: live - least + 1].sum())), float(min(1.0, chances[live - least :].sum()))
+
+
+def share(count: int, of: int, confidence: float = 0.95) -> Measured:
+    """A share with the interval of Wilson, "Probable inference" (JASA 22, 1927)."""
+    if not of:
+        return Measured(0.0, 0.0, 1.0)
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), count / of
+    middle, half = p + z * z / (2 * of), z * sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    scale = 1 + z * z / of
+    return Measured(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+
+
+# --- several tests ------------------------------------------------------------------------------------
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values of several tests that hold over all of them together, whatever they have to do with one another.
+
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979).
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    found, largest = [1.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        found[i] = largest
+    return found

@@ -1,0 +1,242 @@
+"""What a release knows of its prompts: counts of them that live prompts are compared with, and no text.
+
+Half of the prompts teach: which words each source uses, the topics, what is typical. The other half is counted with
+what was learned, exactly as live prompts are later, so that the two can be compared without looking at a text twice.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftdist.core.errors import DataError
+from sftdist.core.storage import read_json, write_json
+from sftdist.data.keys import digest
+from sftdist.data.style import bucket
+from sftdist.evals.features import FEATURES_VERSION, PLACES, WORDS, Features, features_of
+from sftdist.evals.topics import rarity, topic_of, topics
+
+PROFILE_FORMAT = 1
+PROFILE = "profile.json"
+LEAST_PROMPTS = 20
+MOST_PROMPTS = 20_000
+TOPICS = 12
+SMOOTHING = 0.1  # added to the count of each place
+LENGTH_GROUPS = 4
+LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)  # borders of how typical a prompt is: shares of the prompts that are less so
+OUT = 0  # the first of the groups between them: out of the profile
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledPrompt:
+    """What a user said in one turn, and the source of the data that it is from."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was learned: `counts` int64 [sources, PLACES], how many of `texts` [sources] have each place; `centres` of
+    the topics; `ends` of the groups by length, in words, and for each group the borders between LEVELS in `surprise`.
+    """
+
+    sources: tuple[str, ...]
+    texts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    centres: NDArray[np.float32]
+    ends: NDArray[np.int64]
+    borders: NDArray[np.float64]
+
+    def topics(self, features: Features) -> NDArray[np.int64]:
+        """[n] the topic of each text, 0 to `len(centres)`."""
+        weights = rarity(self.counts.sum(axis=0), int(self.texts.sum()))
+        return topic_of(features, weights, self.centres)
+
+    def surprise(self, features: Features) -> NDArray[np.float64]:
+        """[n] bits that each word and pair of a text takes on average, by how many learned texts have it."""
+        return _surprise(features, self.counts.sum(axis=0))
+
+    def typical(self, features: Features) -> NDArray[np.int64]:
+        """[n] how typical each text is among those of its length: 0 (`OUT`) to len(LEVELS)."""
+        borders = self.borders[_group(features, self.ends)]
+        return np.asarray((self.surprise(features)[:, None] <= borders).sum(axis=1), dtype=np.int64)
+
+    def likely_sources(self, features: Features) -> NDArray[np.int64]:
+        """[n] the source whose words each text uses (naive Bayes over its places)."""
+        totals = self.counts.sum(axis=1, keepdims=True) + SMOOTHING * PLACES
+        logs = np.log((self.counts + SMOOTHING) / totals)
+        rows, size = features.rows(), len(features)
+        scores = [np.bincount(rows, weights=one[features.places], minlength=size) for one in logs]
+        prior = np.log(np.maximum(self.texts, 1) / max(1, int(self.texts.sum())))
+        return np.asarray(np.argmax(np.array(scores) + prior[:, None], axis=0), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts of `prompts` prompts; of those that were not learned from, `topics`, `sources` and `typical` are counted.
+
+    `words` int64 [WORDS]: how many prompts have each place. `answers`: what `evals.live.answer_counts` found in the
+    release's own answers to held-out prompts.
+    """
+
+    prompts: int
+    by_source: dict[str, int]
+    lengths: dict[int, int]
+    languages: dict[str, int]
+    words: NDArray[np.int64]
+    model: Model
+    topics: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    typical: NDArray[np.int64]
+    answers: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """The profile in a file. Raises DataError where it is none, or one of another version."""
+        if not path.is_file():
+            raise DataError(f"{path}: given no file, required the profile of a release; publish writes it")
+        found = read_json(path)
+        versions = (found.get("format"), found.get("features")) if isinstance(found, dict) else None
+        if versions != (PROFILE_FORMAT, FEATURES_VERSION):
+            required = f"format {PROFILE_FORMAT} with features {FEATURES_VERSION}; publish the release again"
+            raise DataError(f"{path}: given no profile that this version can compare with, required {required}")
+        return cls.from_json(found)
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the large tables are packed."""
+        model = self.model
+        return {
+            "format": PROFILE_FORMAT,
+            "features": FEATURES_VERSION,
+            "prompts": self.prompts,
+            "by_source": self.by_source,
+            "lengths": {str(key): count for key, count in self.lengths.items()},
+            "languages": self.languages,
+            "topics": self.topics.tolist(),
+            "sources": self.sources.tolist(),
+            "typical": self.typical.tolist(),
+            "answers": self.answers,
+            "words": _packed(self.words, "<u4"),
+            "model": {
+                "sources": list(model.sources),
+                "texts": model.texts.tolist(),
+                "ends": model.ends.tolist(),
+                "borders": model.borders.tolist(),
+                "counts": _packed(model.counts, "<u4"),
+                "centres": _packed(model.centres, "<f4"),
+            },
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Profile:
+        model = found["model"]
+        return cls(
+            prompts=found["prompts"],
+            by_source=found["by_source"],
+            lengths={int(key): count for key, count in found["lengths"].items()},
+            languages=found["languages"],
+            words=_unpacked(found["words"]).astype(np.int64),
+            model=Model(
+                sources=tuple(model["sources"]),
+                texts=np.array(model["texts"], dtype=np.int64),
+                counts=_unpacked(model["counts"]).astype(np.int64),
+                centres=_unpacked(model["centres"]).astype(np.float32),
+                ends=np.array(model["ends"], dtype=np.int64),
+                borders=np.array(model["borders"], dtype=np.float64),
+            ),
+            topics=np.array(found["topics"], dtype=np.int64),
+            sources=np.array(found["sources"], dtype=np.int64),
+            typical=np.array(found["typical"], dtype=np.int64),
+            answers=found["answers"],
+        )
+
+
+def profile_of(prompts: Iterable[ProfiledPrompt], answers: Mapping[str, Any] | None = None) -> Profile:
+    """The profile of prompts, in whatever order they come; of more than `MOST_PROMPTS`, that of a fixed choice of them.
+
+    Raises DataError for fewer than `LEAST_PROMPTS`.
+    """
+    chosen = sorted(prompts, key=lambda one: digest(f"{one.source}\0{one.text}"))[:MOST_PROMPTS]
+    if len(chosen) < LEAST_PROMPTS:
+        raise DataError(
+            f"profile: given {len(chosen)} prompts, required at least {LEAST_PROMPTS} to say what prompts look like"
+        )
+    features = features_of([one.text for one in chosen])
+    names = tuple(sorted({one.source for one in chosen}))
+    sources = np.array([names.index(one.source) for one in chosen])
+    rng = np.random.default_rng(0)
+    shuffled = rng.permutation(len(chosen))
+    half = len(chosen) // 2
+    model = _learned(features.take(shuffled[:half]), sources[shuffled[:half]], names, rng)
+    counted = features.take(shuffled[half:])
+    return Profile(
+        prompts=len(chosen),
+        by_source=dict(sorted(Counter(one.source for one in chosen).items())),
+        lengths=dict(sorted(Counter(bucket(int(n)) for n in features.lengths).items())),
+        languages=dict(sorted(Counter(features.languages).items())),
+        words=features.counts()[:WORDS],
+        model=model,
+        topics=np.bincount(model.topics(counted), minlength=len(model.centres) + 1),
+        sources=np.bincount(model.likely_sources(counted), minlength=len(names)),
+        typical=np.bincount(model.typical(counted), minlength=len(LEVELS) + 1),
+        answers=dict(answers or {}),
+    )
+
+
+def _learned(features: Features, sources: NDArray[np.int64], names: Sequence[str], rng: np.random.Generator) -> Model:
+    counts = np.stack([features.take(np.flatnonzero(sources == i)).counts() for i in range(len(names))])
+    weights = rarity(counts.sum(axis=0), len(features))
+    quarters = [i / LENGTH_GROUPS for i in range(1, LENGTH_GROUPS)]
+    ends = np.unique(np.quantile(features.lengths, quarters, method="lower").astype(np.int64))
+    return Model(
+        sources=tuple(names),
+        texts=np.bincount(sources, minlength=len(names)),
+        counts=counts,
+        centres=topics(features, weights, TOPICS, rng),
+        ends=ends,
+        borders=_borders(features, counts.sum(axis=0), ends),
+    )
+
+
+def _borders(features: Features, counts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[groups, levels] in surprise, the largest first; each text is measured by what the others teach."""
+    surprise, group = _surprise(features, counts, own=1), _group(features, ends)
+    levels = [1 - level for level in LEVELS]
+    groups = [surprise[group == i] for i in range(len(ends) + 1)]
+    return np.array([np.quantile(one if len(one) else surprise, levels) for one in groups])
+
+
+def _group(features: Features, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.searchsorted(ends, features.lengths)
+
+
+def _surprise(features: Features, counts: NDArray[np.int64], own: int = 0) -> NDArray[np.float64]:
+    """Mean bits a place; `own`: how often the text itself stands in the counts. 0 for a text without a word."""
+    sizes = np.diff(features.offsets)
+    total = counts.sum() - own * sizes + SMOOTHING * PLACES
+    logs = np.log2(counts[features.places] - own + SMOOTHING)
+    sums = np.bincount(features.rows(), weights=logs, minlength=len(features))
+    found = np.log2(total) - sums / np.maximum(sizes, 1)
+    return np.where(sizes > 0, found, 0.0)
+
+
+def _packed(values: NDArray[Any], kind: str) -> dict[str, Any]:
+    data = zlib.compress(np.ascontiguousarray(values, dtype=kind).tobytes(), 9)
+    return {"type": kind, "shape": list(values.shape), "zlib": base64.b64encode(data).decode("ascii")}
+
+
+def _unpacked(found: Mapping[str, Any]) -> NDArray[Any]:
+    data = zlib.decompress(base64.b64decode(found["zlib"]))
+    return np.frombuffer(data, dtype=found["type"]).reshape(found["shape"])

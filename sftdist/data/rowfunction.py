@@ -1,4 +1,4 @@
-"""A user's row function by import path: `package.module:function`, row -> row | None | list of rows."""
+"""A user's function by import path, `package.module:function`; a row function is row -> row | None | list of rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from typing import Any
 
 from sftdist.core.errors import ConfigError
 
+ROW_FUNCTION = "row_function"  # the key of a source
+
 
 @lru_cache
 def load_row_function(path: str) -> Callable[[Any], Any]:
-    """The function behind an import path; modules in the working directory are found too."""
-    module, name = _module(path)
+    """The row function behind an import path."""
+    return load_function(path, ROW_FUNCTION)
+
+
+def load_function(path: str, key: str) -> Callable[..., Any]:
+    """The function behind an import path that stands under `key`; modules in the working directory are found too."""
+    module, name = _module(path, key)
     function = vars(module).get(name)
     if not callable(function):
-        raise ConfigError(f"row_function: given {path}, required a function of {module.__name__}; it has no {name}()")
+        raise ConfigError(f"{key}: given {path}, required a function of {module.__name__}; it has no {name}()")
     return function
 
 
@@ -28,7 +35,7 @@ def row_function_source(path: str) -> dict[str, str]:
     """The name, and the hash of the module and of what it uses of its own folder: what the function calls may have
     changed as well."""
     load_row_function(path)
-    module, _ = _module(path)
+    module, _ = _module(path, ROW_FUNCTION)
     digest = hashlib.sha256()
     for file in _own_files(module):
         digest.update(file.read_bytes())
@@ -52,14 +59,14 @@ def _own_files(module: ModuleType) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def _module(path: str) -> tuple[ModuleType, str]:
+def _module(path: str, key: str) -> tuple[ModuleType, str]:
     module, colon, name = path.partition(":")
     if not (module and colon and name):
-        raise ConfigError(f"row_function: given {path}, required package.module:function")
+        raise ConfigError(f"{key}: given {path}, required package.module:function")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
         return importlib.import_module(module), name
     except ImportError as problem:
-        raise ConfigError(f"row_function: given {path}, required a module that imports: {problem}") from problem
+        raise ConfigError(f"{key}: given {path}, required a module that imports: {problem}") from problem

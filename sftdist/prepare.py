@@ -20,6 +20,7 @@ from rich.text import Text
 from sftdist.assets import quickstart
 from sftdist.core import config
 from sftdist.core.errors import ConfigError, DataAbsentError, DataError
+from sftdist.core.ranklog import takes_bar
 from sftdist.core.settings import PrepareConfig, TrainConfig
 from sftdist.core.storage import write_json
 from sftdist.data.build import at_most_every
@@ -33,7 +34,6 @@ from sftdist.data.report_terminal import show_report
 from sftdist.data.report_training import length_figures, plan_figures
 from sftdist.data.report_verdict import judged
 from sftdist.data.request import request_of as request_of_sections
-from sftdist.training.console import takes_bar
 
 REFRESH_SECONDS = 0.25
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import IO, Any, BinaryIO, TextIO, cast
 
 from sftdist.core.start import this_start
 
@@ -152,6 +152,11 @@ class Copied:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.console, name)
+
+
+def takes_bar(out: IO[str] | Copied) -> bool:
+    """A terminal that moves its cursor, whose user has not asked for plain text (NO_COLOR)."""
+    return out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown") and not os.environ.get("NO_COLOR")
 
 
 def _nowhere(text: str) -> None:

@@ -19,6 +19,7 @@ from sftdist.evals.backends.interface import Engine, Ids
 from sftdist.evals.cache import AnswerCache
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.engines import load_engine
+from sftdist.evals.pace import silent
 from sftdist.evals.prompts import Answer, Prompt
 from sftdist.evals.voice import Voice
 
@@ -39,7 +40,7 @@ def answers(
     decoding: Decoding,
     world: World,
     cache: AnswerCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = silent,
 ) -> list[Answer]:
     """The answer to each prompt, in order, on every rank. Collective.
 
@@ -51,8 +52,7 @@ def answers(
     known: dict[str, Answer] = world.broadcast_object(cache.read() if cache is not None and world.is_main else {})
     keys, todo = _work(set(asked), known, voice, decoding)
     mine, missing = todo[world.rank :: world.size], sum(keys[ids] not in known for ids in asked)
-    tell = progress or _silent
-    tell(len(asked) - missing, len(asked))
+    progress(len(asked) - missing, len(asked))
     engine, new = load() if mine else None, dict[str, Answer]()
     for number, batch in enumerate(mine, start=1):
         assert engine is not None, "it is loaded where there is a batch"
@@ -62,7 +62,7 @@ def answers(
         if cache is not None:
             cache.add(fresh)
         new |= fresh
-        tell(len(asked) - missing + missing * number // len(mine), len(asked))
+        progress(len(asked) - missing + missing * number // len(mine), len(asked))
     for found in world.gather_objects(new):
         known |= found
     return [known[keys[ids]] for ids in asked]
@@ -111,7 +111,3 @@ def _work(
         name = sha256_json(batch.prompts)
         keys |= {ids: f"{name}-{place}" for place, ids in enumerate(batch.prompts)}
     return keys, [batch for batch in batches if any(keys[ids] not in known for ids in batch.prompts)]
-
-
-def _silent(done: int, total: int) -> None:
-    """Tells nobody."""

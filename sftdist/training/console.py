@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import IO, Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from sftdist.core.ranklog import Copied, plain
+from sftdist.core.ranklog import Copied, plain, takes_bar
 from sftdist.training.tracking import Sink
 
 SMOOTHING = 0.1  # of the step time, for the time left
@@ -159,11 +158,6 @@ def open_console(total_steps: int, *, first_step: int) -> list[Sink]:
         return [ProgressConsole(total_steps, first_step=first_step, console=Console(file=out))]
     log = PlainConsole(total_steps, out=out.log)
     return [ProgressConsole(total_steps, first_step=first_step, console=Console(file=out.console)), log]
-
-
-def takes_bar(out: IO[str] | Copied) -> bool:
-    """A terminal that moves its cursor, whose user has not asked for plain text (NO_COLOR)."""
-    return out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown") and not os.environ.get("NO_COLOR")
 
 
 def smoothed(average: float | None, seconds: float) -> float:

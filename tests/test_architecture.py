@@ -43,6 +43,8 @@ DOORS = {
     "datasketch": {"sftdist.data.near"},
     "flash_attn": {"sftdist.model.backends.flash_attn"},
     "liger_kernel": {"sftdist.model.backends.liger"},
+    "httpx": {"sftdist.evals.endpoint"},
+    "lm_eval": {"sftdist.evals.backends.lm_eval"},
 }
 
 

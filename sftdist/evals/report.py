@@ -6,6 +6,7 @@ registry can read reports where there is none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 
 from sftdist.core.errors import GateError
 from sftdist.core.storage import read_json, write_json
+from sftdist.evals.intervals import RESAMPLES, Figures, figures
+from sftdist.evals.intervals import Estimate as Estimate  # release reads reports through this file alone
 
 REPORT_FORMAT = 1
+ROUNDING = 1e-9
 REPORT = "report.json"
 ROWS = "rows.jsonl"  # a line per prompt: the prompt, the reference, both answers, their scores
 
@@ -35,6 +39,32 @@ class Scores:
     low: float | None = 0.0
     high: float | None = 1.0
     meaning: str = ""  # a short sentence for people
+
+    def fault(self) -> str | None:
+        """Why no figure can be made of these, or None: a value that is no number, out of bounds, missing or twice."""
+        models = {"the tuned model": self.tuned, "the base model": self.base}
+        for who, values in models.items():
+            if values is not None and (fault := self._fault_of(values)):
+                return f"{who}: {fault}"
+        if len(set(self.ids)) != len(self.ids):
+            return f"given {len(self.ids) - len(set(self.ids))} prompts twice, required each once"
+        if not self.ids:
+            return "given no prompt, required one at least"
+        weights = [1.0] * len(self.ids) if self.weights is None else self.weights
+        if len(weights) != len(self.ids) or not all(_is_number(weight) and weight >= 0 for weight in weights):
+            return "weights: given others than one number of at least 0 per prompt"
+        return None if any(weights) else "weights: given 0 for every prompt, required one above 0"
+
+    def _fault_of(self, values: list[float]) -> str | None:
+        if len(values) != len(self.ids):
+            return f"given {len(values)} values for {len(self.ids)} prompts, required one each"
+        if wrong := [value for value in values if not _is_number(value)]:
+            return f"given {len(wrong)} of {len(values)} values that are no number, such as {wrong[0]!r}"
+        low, high = _or(self.low, -math.inf), _or(self.high, math.inf)
+        # a mean of exact figures may lie beside its bound by a rounding
+        if wrong := [value for value in values if not low - ROUNDING <= value <= high + ROUNDING]:
+            return f"given {wrong[0]:g}, required values of {low:g} to {high:g}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,13 @@ class EvalReport:
     run: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)  # by a prompt's id: sha256 of all it says and is held against
+
+    def figures(self, name: str, confidence: float = 0.95, resamples: int = RESAMPLES) -> Figures:
+        """The figures of one metric. Raises GateError where its scores cannot be figures."""
+        if fault := self.metrics[name].fault():
+            raise GateError(f"{name}: {fault}; run sftdist evaluate again")
+        return figures(self.metrics[name], confidence, resamples)
 
     def write(self, folder: Path) -> Path:
         """`folder/report.json`, in one step."""
@@ -93,3 +130,11 @@ class EvalReport:
 
 def _facts(found: Mapping[str, Any] | None) -> ModelFacts | None:
     return None if found is None else ModelFacts(**found)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _or(bound: float | None, other: float) -> float:
+    return other if bound is None else bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ METRICS = "metrics.jsonl"
 
 def last_figures(run_dir: Path) -> dict[str, float]:
     """The last value of every number in the run's lines; empty where there is no file."""
-    path = run_dir / METRICS
     found: dict[str, float] = {}
-    for line in read_jsonl(path) if path.is_file() else ():
-        found |= {key: number for key, value in line.items() if (number := _number(value)) is not None}
+    for line in lines(run_dir):
+        found |= {key: known for key, value in line.items() if (known := number(value)) is not None}
     return found
 
 
-def _number(value: Any) -> float | None:
-    """JSON has no word for a non-finite number: it stands there as a string."""
+def lines(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Every line, each with its `kind` and `step`; nothing where there is no file."""
+    path = run_dir / METRICS
+    return read_jsonl(path) if path.is_file() else iter(())
+
+
+def number(value: Any) -> float | None:
+    """A value as a number, None where it is none.
+
+    JSON has no word for a non-finite number: it stands there as a string.
+    """
     if value in ("nan", "inf", "-inf"):
         return math.nan if value == "nan" else float(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

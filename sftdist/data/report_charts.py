@@ -59,7 +59,7 @@ def histogram(one: Histogram, axis: tuple[int, int], mark: int | None, label: st
         parts.append(
             f'<text class="note" x="{place:.2f}%" dx="{gap}" y="12" text-anchor="{anchor}">max_len {mark:,}</text>'
         )
-    return _svg("".join(parts), HEIGHT, label)
+    return svg("".join(parts), HEIGHT, label)
 
 
 def bar(shares: Sequence[tuple[str, float]], label: str, mark: float | None = None) -> Markup:
@@ -71,10 +71,11 @@ def bar(shares: Sequence[tuple[str, float]], label: str, mark: float | None = No
         start += share
     if mark is not None:
         parts.append(f'<line class="mark" x1="{100 * mark:.2f}%" x2="{100 * mark:.2f}%" y1="0" y2="14"/>')
-    return _svg("".join(parts), 14, label)
+    return svg("".join(parts), 14, label)
 
 
-def _svg(inside: str, height: int, label: str) -> Markup:
+def svg(inside: str, height: int, label: str) -> Markup:
+    """A chart as wide as its place; `inside` is trusted, `label` (the chart in a sentence) is escaped."""
     return Markup('<svg width="100%" height="{}" role="img" aria-label="{}">{}</svg>').format(
         height, label, Markup(inside)
     )

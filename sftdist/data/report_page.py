@@ -7,8 +7,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from sftdist.core.storage import write_json, write_text
 from sftdist.data.pages import page_template
 from sftdist.data.report_charts import Histogram, axis_of, bar, histogram
@@ -37,19 +35,7 @@ OVER_ALL = {
 
 def page(report: Mapping[str, Any]) -> str:
     """The page of a judged report (see `report_verdict.judged`); everything from the data is escaped."""
-    template = page_template(
-        "report.html",
-        filters={
-            "percent": percent,
-            "rows": rows,
-            "words": _words,
-            "figure": _figure,
-            "stage": stage_name,
-            "columns": _columns,
-            "plain": _plain,
-        },
-        tests={"table": _is_table},
-    )
+    template = page_template("report.html", {"percent": percent, "rows": rows, "stage": stage_name})
     return template.render(
         report=report,
         words=WORDS,
@@ -166,35 +152,6 @@ def _cut(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if start < SHOWN_CHARACTERS
     ]
     return {"runs": shown, "more": max(0, starts[-1] - SHOWN_CHARACTERS)}
-
-
-def _is_table(value: Any) -> bool:
-    """A list of mappings: its columns are their keys."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
-
-
-def _columns(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of all items, in the order in which they appear."""
-    return list(dict.fromkeys(key for item in table for key in item))
-
-
-def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What is neither a mapping nor a list."""
-    return {key: value for key, value in section.items() if not isinstance(value, Mapping | list)}
-
-
-def _words(key: str) -> str:
-    return str(key).replace("_", " ")
-
-
-def _figure(value: Any) -> Markup | str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> Path:

@@ -43,6 +43,7 @@ DOORS = {
     "datasketch": {"sftdist.data.near"},
     "flash_attn": {"sftdist.model.backends.flash_attn"},
     "liger_kernel": {"sftdist.model.backends.liger"},
+    "vllm": {"sftdist.evals.backends.vllm"},
     "httpx": {"sftdist.evals.endpoint"},
     "lm_eval": {"sftdist.evals.backends.lm_eval"},
 }

@@ -10,7 +10,7 @@ import torch
 
 HF, VLLM = "hf", "vllm"
 _LIBRARIES = {HF: ("torch", "transformers"), VLLM: ("torch", "vllm")}
-VLLM_PROMPTS = 512  # handed over at a time: vLLM makes batches of them by itself
+_VLLM_BATCHES = 32  # handed over at a time: vLLM fills a place as soon as it is free
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Decoding:
 
     @property
     def prompts_at_a_time(self) -> int:
-        return VLLM_PROMPTS if self.engine == VLLM else self.batch_size
+        """How many prompts an engine is given in one call."""
+        return self.batch_size * (_VLLM_BATCHES if self.engine == VLLM else 1)
 
     def facts(self) -> dict[str, Any]:
         """What the answers depend on beside model and prompt, for the cache's key and for the report."""

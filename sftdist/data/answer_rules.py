@@ -100,11 +100,11 @@ UNITS: dict[str, Callable[[str], int]] = {
 
 
 def _at_least(unit: str, value: Any) -> Check:
-    return _counted(f"rules.min_{unit}", unit, "least", _whole(value))
+    return _counted(f"rules.min_{unit}", unit, "least", whole_number(value))
 
 
 def _at_most(unit: str, value: Any) -> Check:
-    return _counted(f"rules.max_{unit}", unit, "most", _whole(value))
+    return _counted(f"rules.max_{unit}", unit, "most", whole_number(value))
 
 
 def _counted(rule: str, unit: str, which: str, limit: int) -> Check:
@@ -116,9 +116,10 @@ def _counted(rule: str, unit: str, which: str, limit: int) -> Check:
     return check
 
 
-def _whole(value: Any) -> int:
+def whole_number(value: Any, at: str = "") -> int:
+    """A count that a rule names. Raises `Fault`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise Fault(f"given {show(value)}, required a whole number of at least 0")
+        raise Fault(f"given {show(value)}, required a whole number of at least 0", at)
     return value
 
 
@@ -146,7 +147,7 @@ def _json_only(value: Any) -> Check:
 
 
 def _language(value: Any) -> Check:
-    wanted = _texts(value)
+    wanted = texts_of(value)
     for at, code in wanted.items():
         if code not in languages():
             raise Fault(f"given {show(code)}, required the ISO 639 code of a language, such as en, de or zh", at)
@@ -162,7 +163,7 @@ def _language(value: Any) -> Check:
 
 def _edge(rule: str, value: Any) -> Check:
     """starts_with and ends_with; outer white space of the answer does not count."""
-    texts = tuple(_texts(value).values())
+    texts = tuple(texts_of(value).values())
     starts = rule == "starts_with"
 
     def check(answer: str) -> Iterator[Breach]:
@@ -175,7 +176,7 @@ def _edge(rule: str, value: Any) -> Check:
 
 
 def _one_of(value: Any) -> Check:
-    texts = tuple(_texts(value).values())
+    texts = tuple(texts_of(value).values())
 
     def check(answer: str) -> Iterator[Breach]:
         if answer.strip() not in texts:
@@ -189,7 +190,7 @@ def _one_of(value: Any) -> Check:
 
 def _patterns(rule: str, value: Any) -> Check:
     """`required` must be found somewhere in the answer, `forbidden` nowhere."""
-    compiled = {f"rules.{rule}{at}": _compiled(text, at) for at, text in _texts(value).items()}
+    compiled = {f"rules.{rule}{at}": _compiled(text, at) for at, text in texts_of(value).items()}
 
     def check(answer: str) -> Iterator[Breach]:
         for name, pattern in compiled.items():
@@ -230,7 +231,7 @@ def search(pattern: regex.Pattern[str], text: str, rule: str) -> regex.Match[str
 # --- all of them --------------------------------------------------------------------------------------------
 
 
-def _texts(value: Any) -> dict[str, str]:
+def texts_of(value: Any) -> dict[str, str]:
     """One text, or several: each by its place in a list."""
     several = {f"[{i}]": item for i, item in enumerate(value)} if isinstance(value, list) else {"": value}
     if not several:

@@ -8,7 +8,9 @@ import regex
 
 # Scripts that put no space between words: each character counts as a word, as chrF and MLQA's F1 do in effect.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
+_A_WORD = rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+"
+_WORD = regex.compile(_A_WORD)
+_WORD_OR_SIGN = regex.compile(rf"({_A_WORD})|(\n|\S)")
 _ALONE = regex.compile(rf"([{UNSPACED}]\p{{M}}*)")
 _LETTER = rf"(?:(?![{UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}_])"
 _IN_WORD = regex.compile(_LETTER)
@@ -17,6 +19,11 @@ _IN_WORD = regex.compile(_LETTER)
 def words_of(text: str) -> list[str]:
     """Runs of letters and digits in lower case, without punctuation; in ASCII the same words as rouge-score's."""
     return _WORD.findall(text.lower())
+
+
+def words_and_signs(text: str) -> list[tuple[str, str]]:
+    """(word, "") and ("", sign or line end), in order."""
+    return _WORD_OR_SIGN.findall(text.lower())
 
 
 def spaced(text: str) -> str:

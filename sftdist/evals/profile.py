@@ -1,7 +1,7 @@
 """What a release knows of its prompts: counts of them that live prompts are compared with, and no text.
 
-Half of the prompts teach: which words each source uses, the topics, what is typical. The other half is counted with
-what was learned, exactly as live prompts are later, so that the two can be compared without looking at a text twice.
+A third of the prompts teaches: which words each source uses, the topics, what is typical. The others are counted with
+what was learned, exactly as live prompts are later, so that the two can be compared: no text is both.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sftdist.evals.topics import rarity, topic_of, topics
 PROFILE_FORMAT = 1
 PROFILE = "profile.json"
 LEAST_PROMPTS = 20
+LEARNED = 1 / 3
 MOST_PROMPTS = 20_000
 TOPICS = 12
 SMOOTHING = 0.1  # added to the count of each place
@@ -178,13 +179,13 @@ def profile_of(prompts: Iterable[ProfiledPrompt], answers: Mapping[str, Any] | N
     sources = np.array([names.index(one.source) for one in chosen])
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(len(chosen))
-    half = len(chosen) // 2
-    model = _learned(features.take(shuffled[:half]), sources[shuffled[:half]], names, rng)
-    counted = features.take(shuffled[half:])
+    third = int(len(chosen) * LEARNED)
+    model = _learned(features.take(shuffled[:third]), sources[shuffled[:third]], names, rng)
+    counted = features.take(shuffled[third:])
     return Profile(
         prompts=len(chosen),
         by_source=dict(sorted(Counter(one.source for one in chosen).items())),
-        lengths=dict(sorted(Counter(bucket(int(n)) for n in features.lengths).items())),
+        lengths=length_counts(features.lengths),
         languages=dict(sorted(Counter(features.languages).items())),
         words=features.counts()[:WORDS],
         model=model,
@@ -193,6 +194,11 @@ def profile_of(prompts: Iterable[ProfiledPrompt], answers: Mapping[str, Any] | N
         typical=np.bincount(model.typical(counted), minlength=len(LEVELS) + 1),
         answers=dict(answers or {}),
     )
+
+
+def length_counts(lengths: NDArray[np.int64]) -> dict[int, int]:
+    """How many lengths, in words, fall into each `style.bucket`."""
+    return dict(sorted(Counter(bucket(int(length)) for length in lengths).items()))
 
 
 def _learned(features: Features, sources: NDArray[np.int64], names: Sequence[str], rng: np.random.Generator) -> Model:

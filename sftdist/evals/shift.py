@@ -1,0 +1,256 @@
+"""Live prompts against the profile of a release: every statistic, and whether chance alone explains it.
+
+Drift is what chance alone would bring about in at most `ALPHA` of all comparisons, over all statistics together, and
+what somebody would mind: where the whole interval is below that, traffic is large and the difference is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftdist.data.style import words_at
+from sftdist.evals.drift import (
+    LEAST,
+    Counts,
+    Difference,
+    Measured,
+    basic_interval,
+    common,
+    difference,
+    jensen_shannon,
+    merged,
+    neighbours,
+    share,
+    stability_index,
+    tails,
+)
+from sftdist.evals.drift import holm as held_over_all
+from sftdist.evals.features import WORDS, Features, word_places
+from sftdist.evals.profile import LEVELS, OUT, Profile, length_counts
+
+ALPHA = 0.01
+MINDED_PSI = 0.02
+MINDED_SHARE = 0.01
+WORD_RESAMPLES = 300
+SHOWN_WORDS = 12
+LOOKED_AT = 50  # texts, to find out which word stands at a place
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One category of a statistic: its share of the profile and of the live items."""
+
+    label: str
+    profile: float
+    live: float
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One comparison. `p`: how often chance alone makes as much of a difference; `adjusted` holds over all of them.
+
+    Of distributions `psi` and `js` say how far they are apart; of shares `profile` and `live` what they are.
+    """
+
+    name: str
+    meaning: str
+    p: float
+    minded: bool  # large enough that somebody would mind
+    psi: Measured | None = None
+    js: Measured | None = None
+    profile: Measured | None = None
+    live: Measured | None = None
+    parts: list[Part] = field(default_factory=list)
+    adjusted: float = 1.0
+    drift: bool = False
+
+
+def judged(statistics: Sequence[Statistic], alpha: float = ALPHA) -> list[Statistic]:
+    """The statistics with what holds over all of them together."""
+    adjusted = held_over_all([one.p for one in statistics])
+    return [
+        replace(one, adjusted=p, drift=one.minded and p <= alpha) for one, p in zip(statistics, adjusted, strict=True)
+    ]
+
+
+def prompt_statistics(profile: Profile, live: Features, texts: Sequence[str]) -> list[Statistic]:
+    """All comparisons of live prompts with the profile, not yet judged; `texts` are the prompts, for their words."""
+    rng = np.random.default_rng(0)  # the same traffic gets the same report
+    model, typical = profile.model, profile.model.typical(live)
+    out = (int(profile.typical[OUT]), int(profile.typical.sum()), int((typical == OUT).sum()), len(live))
+    found = [
+        ordered("length", "how long the prompts are, in words", profile.lengths, length_counts(live.lengths), rng),
+        named("language", "which language they are in", profile.languages, Counter(live.languages), rng),
+        vocabulary(profile, live, texts, rng),
+        numbered("topic", "what they are about", profile.topics, model.topics(live), topic_labels(profile), rng),
+        numbered("typical", "how usual their words are", profile.typical, typical, level_labels(), rng),
+        rate("out_of_profile", "prompts that are hardly like those of the profile", *out, more_only=True),
+    ]
+    if len(model.sources) > 1:
+        meaning, likely = "which source of the data they are most like", model.likely_sources(live)
+        found.append(numbered("source", meaning, profile.sources, likely, model.sources, rng))
+    return found
+
+
+# --- distributions ------------------------------------------------------------------------------------
+
+
+def ordered(
+    name: str, meaning: str, profile: Mapping[int, int], live: Mapping[int, int], rng: np.random.Generator
+) -> Statistic:
+    """Compare counts of lengths by `style.bucket`."""
+    keys = sorted({*profile, *live})
+    one, other = _counts([profile.get(key, 0) for key in keys]), _counts([live.get(key, 0) for key in keys])
+    numbers = neighbours(one + other)
+    ends = [keys[np.flatnonzero(numbers == i)[-1]] for i in range(int(numbers.max()) + 1)]
+    labels = [f"up to {words_at(end + 0.5):.0f}" for end in ends[:-1]] + ["longer"]
+    return _distribution(name, meaning, merged(one, numbers), merged(other, numbers), labels, rng)
+
+
+def named(
+    name: str, meaning: str, profile: Mapping[str, int], live: Mapping[str, int], rng: np.random.Generator
+) -> Statistic:
+    """Compare counts of categories with names."""
+    keys = sorted({*profile, *live})
+    one, other = _counts([profile.get(key, 0) for key in keys]), _counts([live.get(key, 0) for key in keys])
+    return _of_common(name, meaning, one, other, keys, rng)
+
+
+def numbered(
+    name: str,
+    meaning: str,
+    profile: Counts,
+    live: NDArray[np.int64],
+    labels: Sequence[str],
+    rng: np.random.Generator,
+) -> Statistic:
+    """Compare the category of each live item with counts of them."""
+    return _of_common(name, meaning, profile, np.bincount(live, minlength=len(profile)), labels, rng)
+
+
+def _counts(counts: Sequence[int]) -> Counts:
+    return np.array(counts, dtype=np.int64)
+
+
+def _of_common(
+    name: str, meaning: str, one: Counts, other: Counts, labels: Sequence[str], rng: np.random.Generator
+) -> Statistic:
+    numbers = common(one + other)
+    kept = [label for label, number in zip(labels, one + other, strict=True) if number >= LEAST]
+    return _distribution(name, meaning, merged(one, numbers), merged(other, numbers), [*kept, "others"], rng)
+
+
+def _distribution(
+    name: str, meaning: str, one: Counts, other: Counts, labels: Sequence[str], rng: np.random.Generator
+) -> Statistic:
+    found = difference(one, other, rng)
+    shares = zip(labels, (one / one.sum()).tolist(), (other / other.sum()).tolist(), strict=False)
+    return _statistic(name, meaning, found, [Part(*each) for each in shares])
+
+
+def _statistic(name: str, meaning: str, found: Difference, parts: list[Part]) -> Statistic:
+    minded = found.psi.high >= MINDED_PSI
+    return Statistic(name, meaning, found.p, minded, psi=found.psi, js=found.js, parts=parts)
+
+
+def topic_labels(profile: Profile) -> list[str]:
+    return [f"topic {i + 1}" for i in range(len(profile.model.centres))] + ["no topic"]
+
+
+def level_labels() -> list[str]:
+    """Of the groups of `Model.typical`, in shares of the profile's prompts."""
+    ends = [0.0, *LEVELS, 1.0]
+    spans = [f"{100 * low:.0f}-{100 * high:.0f} %" for low, high in pairwise(ends)]
+    return [f"the {spans[0]} least usual", *spans[1:]]
+
+
+# --- shares -------------------------------------------------------------------------------------------
+
+
+def rate(
+    name: str, meaning: str, have: int, of: int, live: int, live_of: int, *, more_only: bool, less_only: bool = False
+) -> Statistic:
+    """Compare two shares by Fisher's exact test; `more_only`, `less_only`: only that change would be minded."""
+    few, many = (float(tail[0]) for tail in tails(np.array([have]), of, np.array([live]), live_of))
+    p = many if more_only else few if less_only else min(1.0, 2 * min(few, many))
+    before, now = share(have, of), share(live, live_of)
+    up, down = now.high - before.value, before.value - now.low
+    minded = (up if more_only else down if less_only else max(up, down)) >= MINDED_SHARE
+    return Statistic(name, meaning, p, minded, profile=before, live=now)
+
+
+# --- words --------------------------------------------------------------------------------------------
+
+
+def vocabulary(profile: Profile, live: Features, texts: Sequence[str], rng: np.random.Generator) -> Statistic:
+    """Compare how many prompts have each word.
+
+    The words of a prompt hang together, so the test is made for each place of the table alone (Fisher), times the
+    number of places that enough prompts have; the intervals draw whole live prompts.
+    """
+    counts = live.counts()[:WORDS]
+    tested = np.flatnonzero(profile.words + counts >= LEAST)
+    before, now = profile.words[tested], counts[tested]
+    few, many = tails(before, profile.prompts, now, len(live))
+    values = np.minimum(1.0, 2 * np.minimum(few, many) * len(tested))
+    moved = np.abs(now / len(live) - before / profile.prompts) >= MINDED_SHARE
+    values[~moved] = 1.0
+    apart = _apart(profile, live, tested, rng)
+    least = np.argsort(values, kind="stable")[:SHOWN_WORDS]
+    places = [int(tested[i]) for i in least if values[i] <= ALPHA]
+    words = _words_at(places, live, texts)
+    parts = [
+        Part(words[place], float(profile.words[place] / profile.prompts), float(counts[place] / len(live)))
+        for place in places
+    ]
+    meaning, p = "which words they use", float(values.min(initial=1.0))
+    return _statistic("words", meaning, Difference(*apart, p), parts)
+
+
+def _apart(
+    profile: Profile, live: Features, tested: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[Measured, Measured]:
+    """PSI and Jensen-Shannon of the shares of all words, the rare ones together."""
+    numbers = np.full(WORDS, len(tested))
+    numbers[tested] = np.arange(len(tested))
+    in_words = live.places < WORDS
+    places, rows = numbers[live.places[in_words]], live.rows()[in_words]
+
+    def of_live(weights: NDArray[np.int64]) -> Counts:
+        return np.bincount(places, weights=weights[rows], minlength=len(tested) + 1).astype(np.int64)
+
+    before, now = merged(profile.words, numbers), of_live(np.ones(len(live), dtype=np.int64))
+    psi, js = np.empty(WORD_RESAMPLES), np.empty(WORD_RESAMPLES)
+    for i in range(WORD_RESAMPLES):
+        drawn = of_live(np.bincount(rng.integers(len(live), size=len(live)), minlength=len(live)))
+        again = rng.poisson(before)
+        psi[i], js[i] = stability_index(again, drawn), jensen_shannon(again, drawn)
+    return (
+        basic_interval(float(stability_index(before, now)), psi, 0.95, np.inf),
+        basic_interval(float(jensen_shannon(before, now)), js, 0.95, 1.0),
+    )
+
+
+def _words_at(places: Sequence[int], live: Features, texts: Sequence[str]) -> dict[int, str]:
+    """The word at each place that most live prompts have; of a place without any, that it is a word of the profile."""
+    found = {}
+    rows = live.rows()
+    for place in places:
+        here = [texts[row] for row in rows[live.places == place][:LOOKED_AT]]
+        words = Counter(
+            word for text in here for word in {w.lower() for w in _WORD.findall(text)} if _is_at(word, place)
+        )
+        found[place] = words.most_common(1)[0][0] if words else "a word that is asked no more"
+    return found
+
+
+def _is_at(word: str, place: int) -> bool:
+    return place in word_places(word)

@@ -14,8 +14,9 @@ from typing import Any
 
 from sftdist.core.errors import GateError
 from sftdist.core.storage import read_json, write_json
-from sftdist.evals.intervals import RESAMPLES, Figures, figures
+from sftdist.evals.intervals import RESAMPLES, figures
 from sftdist.evals.intervals import Estimate as Estimate  # release reads reports through this file alone
+from sftdist.evals.intervals import Figures as Figures
 
 REPORT_FORMAT = 1
 ROUNDING = 1e-9
@@ -39,6 +40,10 @@ class Scores:
     low: float | None = 0.0
     high: float | None = 1.0
     meaning: str = ""  # a short sentence for people
+
+    def figures(self, confidence: float = 0.95, resamples: int = RESAMPLES) -> Figures:
+        """Both means and the change, with their intervals (`evals.intervals`)."""
+        return figures(self, confidence, resamples)
 
     def fault(self) -> str | None:
         """Why no figure can be made of these, or None: a value that is no number, out of bounds, missing or twice."""
@@ -96,12 +101,6 @@ class EvalReport:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     asked: dict[str, str] = field(default_factory=dict)  # by a prompt's id: sha256 of all it says and is held against
-
-    def figures(self, name: str, confidence: float = 0.95, resamples: int = RESAMPLES) -> Figures:
-        """The figures of one metric. Raises GateError where its scores cannot be figures."""
-        if fault := self.metrics[name].fault():
-            raise GateError(f"{name}: {fault}; run sftdist evaluate again")
-        return figures(self.metrics[name], confidence, resamples)
 
     def write(self, folder: Path) -> Path:
         """`folder/report.json`, in one step."""

@@ -25,10 +25,17 @@ from sftdist.data.schema import Conversation, parse
 from sftdist.data.split import split_of
 from sftdist.data.store import HOLDOUT
 from sftdist.evals.generate import ask as answers_of
-from sftdist.evals.prompts import Prompt
-from sftdist.evals.scores import fields_right, same_answer, same_text, valid_under
+from sftdist.evals.probes.format import format_probe
+from sftdist.evals.probes.task import task_probe
+from sftdist.evals.prompts import Answer, Prompt
 
 SOURCES = ("domain", "general", "format")
+# What is shown of each source, and the metric that it is.
+FIGURES = {
+    "domain": {"domain right": "same_answer"},
+    "general": {"general right": "exact_match"},
+    "format": {"format valid": "schema_valid", "format fields": "fields_right", "format right": "exact_match"},
+}
 AIMS = {"format valid": 0.95, "format fields": 0.80, "domain right": 0.80}
 
 
@@ -43,17 +50,14 @@ def held_out(file: Path, *, validation: float, holdout: float) -> list[Conversat
     return found
 
 
-def score(source: str, answers: list[str], references: list[str], schema: dict[str, Any]) -> dict[str, float]:
+def score(source: str, answers: list[Answer], prompts: list[Prompt], schema: dict[str, Any]) -> dict[str, float]:
     """Mean scores of one source's answers."""
-    pairs = list(zip(answers, references, strict=True))
-    if source == "format":
-        return {
-            "format valid": fmean(valid_under(answer, schema) for answer in answers),
-            "format fields": fmean(fields_right(*pair) for pair in pairs),
-            "format right": fmean(same_text(*pair) for pair in pairs),
-        }
-    right = same_answer if source == "domain" else same_text
-    return {f"{source} right": fmean(right(*pair) for pair in pairs)}
+    probes = (task_probe(), format_probe({"format": schema}))
+    scores = [
+        {name: value for probe in probes for name, value in probe.score(prompt, answer).items()}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return {shown: fmean(one[metric] for one in scores) for shown, metric in FIGURES[source].items()}
 
 
 def ask(folder: Path, rows: dict[str, list[Conversation]], schema: dict[str, Any]) -> dict[str, Any]:
@@ -62,13 +66,15 @@ def ask(folder: Path, rows: dict[str, list[Conversation]], schema: dict[str, Any
     scores: dict[str, float] = {}
     examples: dict[str, list[dict[str, str]]] = {}
     for source, conversations in rows.items():
-        prompts = [Prompt(row.id, source, row.messages[:-1], tools=row.tools) for row in conversations]
-        references = [conversation.messages[-1].content for conversation in conversations]
-        answers = [answer.text for answer in answers_of(folder, prompts, max_new_tokens=160)]
-        scores |= score(source, answers, references, schema)
+        prompts = [
+            Prompt(row.id, source, row.messages[:-1], reference=row.messages[-1].content, tools=row.tools)
+            for row in conversations
+        ]
+        answers = answers_of(folder, prompts, max_new_tokens=160)
+        scores |= score(source, answers, prompts, schema)
         examples[source] = [
-            {"prompt": prompt.question, "answer": answer, "reference": reference}
-            for prompt, answer, reference in zip(prompts[:3], answers, references, strict=False)
+            {"prompt": prompt.question, "answer": answer.text, "reference": prompt.reference or ""}
+            for prompt, answer in zip(prompts[:3], answers, strict=False)
         ]
     return {"scores": scores, "seconds": round(time.perf_counter() - began, 1), "examples": examples}
 

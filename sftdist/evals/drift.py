@@ -15,6 +15,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from sftdist.evals.intervals import Estimate
+
 DRAWS = 10_000  # of the permutation test: no p-value is below 1 / (DRAWS + 1)
 RESAMPLES = 1000
 LEAST = 10  # items of both samples in a category that stands for itself
@@ -25,23 +27,14 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A figure with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Difference:
     """How two samples of counts over the same categories differ.
 
     `psi` and `js` with intervals; `p`: how often chance alone gives a `js` as large as the one seen, or a larger one.
     """
 
-    psi: Measured
-    js: Measured
+    psi: Estimate
+    js: Estimate
     p: float
 
 
@@ -96,7 +89,7 @@ def difference(one: Counts, other: Counts, rng: np.random.Generator, confidence:
     )
 
 
-def basic_interval(seen: float, again: Floats, confidence: float, most: float) -> Measured:
+def basic_interval(seen: float, again: Floats, confidence: float, most: float) -> Estimate:
     """The basic bootstrap interval of a divergence (Davison and Hinkley, "Bootstrap Methods", 1997, section 5.2).
 
     A divergence of samples is larger than that of the distributions, and that of resamples larger again by as much:
@@ -104,7 +97,7 @@ def basic_interval(seen: float, again: Floats, confidence: float, most: float) -
     """
     low, high = np.quantile(again, [(1 - confidence) / 2, (1 + confidence) / 2])
     ends = (2 * seen - float(again.mean()), 2 * seen - float(high), 2 * seen - float(low))
-    return Measured(*(float(min(max(0.0, end), most)) for end in ends))
+    return Estimate(*(float(min(max(0.0, end), most)) for end in ends))
 
 
 def _share_of_draws(as_large: int) -> float:
@@ -165,14 +158,14 @@ def _tails(live: int, pooled: int, live_of: int, total: int, log_factorials: Flo
     return float(min(1.0, chances[: live - least + 1].sum())), float(min(1.0, chances[live - least :].sum()))
 
 
-def share(count: int, of: int, confidence: float = 0.95) -> Measured:
-    """A share with the interval of Wilson, "Probable inference" (JASA 22, 1927)."""
+def share(count: int, of: int, confidence: float = 0.95) -> Estimate:
+    """A share with the interval of Wilson, "Probable inference" (JASA 22, 1927): of any number of items at once."""
     if not of:
-        return Measured(0.0, 0.0, 1.0)
+        return Estimate(0.0, 0.0, 1.0)
     z, p = NormalDist().inv_cdf((1 + confidence) / 2), count / of
     middle, half = p + z * z / (2 * of), z * sqrt(p * (1 - p) / of + z * z / (4 * of * of))
     scale = 1 + z * z / of
-    return Measured(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+    return Estimate(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
 
 
 # --- several tests ------------------------------------------------------------------------------------

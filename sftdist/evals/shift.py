@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ from sftdist.evals.drift import (
     LEAST,
     Counts,
     Difference,
-    Measured,
     basic_interval,
     common,
     difference,
@@ -33,6 +33,7 @@ from sftdist.evals.drift import (
 )
 from sftdist.evals.drift import holm as held_over_all
 from sftdist.evals.features import WORDS, Features, word_places
+from sftdist.evals.intervals import Estimate
 from sftdist.evals.profile import LEVELS, OUT, Profile, length_counts
 
 ALPHA = 0.01
@@ -64,10 +65,10 @@ class Statistic:
     meaning: str
     p: float
     minded: bool  # large enough that somebody would mind
-    psi: Measured | None = None
-    js: Measured | None = None
-    profile: Measured | None = None
-    live: Measured | None = None
+    psi: Estimate | None = None
+    js: Estimate | None = None
+    profile: Estimate | None = None
+    live: Estimate | None = None
     parts: list[Part] = field(default_factory=list)
     adjusted: float = 1.0
     drift: bool = False
@@ -92,7 +93,7 @@ def prompt_statistics(profile: Profile, live: Features, texts: Sequence[str]) ->
         vocabulary(profile, live, texts, rng),
         numbered("topic", "what they are about", profile.topics, model.topics(live), topic_labels(profile), rng),
         numbered("typical", "how usual their words are", profile.typical, typical, level_labels(), rng),
-        rate("out_of_profile", "prompts that are hardly like those of the profile", *out, more_only=True),
+        rate("out_of_profile", "prompts that are hardly like those of the profile", *out, minded="more"),
     ]
     if len(model.sources) > 1:
         meaning, likely = "which source of the data they are most like", model.likely_sources(live)
@@ -176,15 +177,22 @@ def level_labels() -> list[str]:
 
 
 def rate(
-    name: str, meaning: str, have: int, of: int, live: int, live_of: int, *, more_only: bool, less_only: bool = False
+    name: str,
+    meaning: str,
+    have: int,
+    of: int,
+    live: int,
+    live_of: int,
+    *,
+    minded: Literal["more", "less"] | None = None,
 ) -> Statistic:
-    """Compare two shares by Fisher's exact test; `more_only`, `less_only`: only that change would be minded."""
-    few, many = (float(tail[0]) for tail in tails(np.array([have]), of, np.array([live]), live_of))
-    p = many if more_only else few if less_only else min(1.0, 2 * min(few, many))
+    """Compare two shares by Fisher's exact test; `minded`: the only change that would be."""
+    few, many = (float(tail[0]) for tail in tails(_counts([have]), of, _counts([live]), live_of))
+    p = {"more": many, "less": few, None: min(1.0, 2 * min(few, many))}[minded]
     before, now = share(have, of), share(live, live_of)
-    up, down = now.high - before.value, before.value - now.low
-    minded = (up if more_only else down if less_only else max(up, down)) >= MINDED_SHARE
-    return Statistic(name, meaning, p, minded, profile=before, live=now)
+    changes = {"more": now.high - before.value, "less": before.value - now.low}
+    large = max(changes.values()) if minded is None else changes[minded]
+    return Statistic(name, meaning, p, large >= MINDED_SHARE, profile=before, live=now)
 
 
 # --- words --------------------------------------------------------------------------------------------
@@ -217,7 +225,7 @@ def vocabulary(profile: Profile, live: Features, texts: Sequence[str], rng: np.r
 
 def _apart(
     profile: Profile, live: Features, tested: NDArray[np.int64], rng: np.random.Generator
-) -> tuple[Measured, Measured]:
+) -> tuple[Estimate, Estimate]:
     """PSI and Jensen-Shannon of the shares of all words, the rare ones together."""
     numbers = np.full(WORDS, len(tested))
     numbers[tested] = np.arange(len(tested))

@@ -25,11 +25,11 @@ KEYS = ("id", "prompt", "system", "messages", "reference", "tags", "checks", *CH
 
 
 def policy_prompts(value: Any, source: str = "safety") -> list[Prompt]:
-    """The prompts of a file, of several, or of a list of entries as a file has them.
+    """The prompts of a file, of several, or of a list of entries as a file has them; none for None.
 
     Raises DataError for an entry that cannot be asked, ConfigError for a file that cannot be read.
     """
-    several = value if isinstance(value, list | tuple) else [value]
+    several = value if isinstance(value, list | tuple) else [] if value is None else [value]
     found = [prompt for place, one in enumerate(several, 1) for prompt in _prompts_of(one, place, source)]
     seen: set[str] = set()
     for prompt in found:

@@ -44,6 +44,7 @@ DOORS = {
     "flash_attn": {"sftdist.model.backends.flash_attn"},
     "liger_kernel": {"sftdist.model.backends.liger"},
     "vllm": {"sftdist.evals.backends.vllm"},
+    "huggingface_hub": {"sftdist.release.hub", "sftdist.commands.doctor_checks.probe_model"},
     "httpx": {"sftdist.evals.endpoint"},
     "lm_eval": {"sftdist.evals.backends.lm_eval"},
 }

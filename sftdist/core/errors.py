@@ -67,3 +67,7 @@ class GateError(SftdistError):
     """The candidate did not pass the gate."""
 
     exit_code = 4
+
+
+class HubError(SftdistError):
+    """The Hub has refused a release, or could not be reached."""

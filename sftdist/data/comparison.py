@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from sftdist.data.manifest import Rows
+from sftdist.data.manifest import Rows, read_manifest, rows_behind
 from sftdist.data.rowset import RowSet, as_keys, first_places, is_place, split_name
 from sftdist.data.store import SPLITS, TRAIN
 
@@ -109,6 +110,12 @@ def _made_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
 def _said(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the config says of a source, and changes no row of it."""
     return {key: entry[key] for key in ("licence", "origin", "guideline")}
+
+
+def compare_manifests(old: Path, new: Path, folders: Sequence[Path]) -> Comparison:
+    """Two manifests by their files; the stores of both are looked for in `folders`. Raises DataError as those do."""
+    then, now = read_manifest(old), read_manifest(new)
+    return compare(then, now, rows_behind(then, folders), rows_behind(now, folders))
 
 
 # --- rows ---------------------------------------------------------------------------------------------
@@ -210,13 +217,18 @@ def _changes(
 
 def show_comparison(found: Comparison, console: Console) -> None:
     """Print what changed, source by source, then how the shares of the supervised tokens moved."""
+    for line in comparison_lines(found):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """What `show_comparison` prints, a line each."""
     rows = [*_row_lines(found.rows)]
     if found.rows and not rows:
         rows = [f"{', '.join(found.rows)}: the rows are the same, and in the same splits"]
     said = [f"{name}: {what}" for name, what in found.made_of.items()]
     said += [f"{name}: its rows cannot be compared, only their counts: {why}" for name, why in found.gone.items()]
-    for line in (*said, *rows, *_share_lines(found.shares)):
-        console.print(line, markup=False, soft_wrap=True)
+    return [*said, *rows, *_share_lines(found.shares)]
 
 
 def _row_lines(sources: Mapping[str, SourceChanges]) -> Iterable[str]:

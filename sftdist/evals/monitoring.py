@@ -61,6 +61,7 @@ def monitor_report(release: str, profile: Profile, traffic: Traffic, compared: C
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "release": release,
         "drift": compared.drift,
+        "regressed": False,
         "regression": None,
         "findings": [sentence(one) for one in compared.statistics if one.drift],
         "alpha": ALPHA,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
@@ -35,6 +35,7 @@ from sftdist.evals.drift import holm as held_over_all
 from sftdist.evals.features import WORDS, Features, word_places
 from sftdist.evals.intervals import Estimate
 from sftdist.evals.profile import LEVELS, OUT, Profile, length_counts
+from sftdist.evals.topics import places_of
 
 ALPHA = 0.01
 MINDED_PSI = 0.02
@@ -42,6 +43,7 @@ MINDED_SHARE = 0.01
 WORD_RESAMPLES = 300
 SHOWN_WORDS = 12
 LOOKED_AT = 50  # texts, to find out which word stands at a place
+WORDS_OF_TOPIC = 3
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 
@@ -85,13 +87,13 @@ def judged(statistics: Sequence[Statistic], alpha: float = ALPHA) -> list[Statis
 def prompt_statistics(profile: Profile, live: Features, texts: Sequence[str]) -> list[Statistic]:
     """All comparisons of live prompts with the profile, not yet judged; `texts` are the prompts, for their words."""
     rng = np.random.default_rng(0)  # the same traffic gets the same report
-    model, typical = profile.model, profile.model.typical(live)
+    model, typical, topics = profile.model, profile.model.typical(live), profile.model.topics(live)
     out = (int(profile.typical[OUT]), int(profile.typical.sum()), int((typical == OUT).sum()), len(live))
     found = [
         ordered("length", "how long the prompts are, in words", profile.lengths, length_counts(live.lengths), rng),
         named("language", "which language they are in", profile.languages, Counter(live.languages), rng),
         vocabulary(profile, live, texts, rng),
-        numbered("topic", "what they are about", profile.topics, model.topics(live), topic_labels(profile), rng),
+        numbered("topic", "what they are about", profile.topics, topics, topic_labels(profile, topics, texts), rng),
         numbered("typical", "how usual their words are", profile.typical, typical, level_labels(), rng),
         rate("out_of_profile", "prompts that are hardly like those of the profile", *out, minded="more"),
     ]
@@ -154,7 +156,8 @@ def _distribution(
 ) -> Statistic:
     found = difference(one, other, rng)
     shares = zip(labels, (one / one.sum()).tolist(), (other / other.sum()).tolist(), strict=False)
-    return _statistic(name, meaning, found, [Part(*each) for each in shares])
+    parts = [Part(label, before, now) for label, before, now in shares if before or now]
+    return _statistic(name, meaning, found, parts)
 
 
 def _statistic(name: str, meaning: str, found: Difference, parts: list[Part]) -> Statistic:
@@ -162,8 +165,16 @@ def _statistic(name: str, meaning: str, found: Difference, parts: list[Part]) ->
     return Statistic(name, meaning, found.p, minded, psi=found.psi, js=found.js, parts=parts)
 
 
-def topic_labels(profile: Profile) -> list[str]:
-    return [f"topic {i + 1}" for i in range(len(profile.model.centres))] + ["no topic"]
+def topic_labels(profile: Profile, topics: NDArray[np.int64], texts: Sequence[str]) -> list[str]:
+    """What the live prompts of each topic say that others do not."""
+    centres = profile.model.centres
+    found = []
+    for i, centre in enumerate(centres):
+        here = [texts[row] for row in np.flatnonzero(topics == i)[:LOOKED_AT].tolist()]
+        telling = np.argsort(-(centre - centres.mean(axis=0)), kind="stable")[:WORDS_OF_TOPIC].tolist()
+        words = [word for place in telling if (word := _commonest(here, places_of(place)))]
+        found.append(", ".join(dict.fromkeys(words)) or f"topic {i + 1}, which nobody asks about")
+    return [*found, "no word that tells"]
 
 
 def level_labels() -> list[str]:
@@ -252,13 +263,17 @@ def _words_at(places: Sequence[int], live: Features, texts: Sequence[str]) -> di
     found = {}
     rows = live.rows()
     for place in places:
-        here = [texts[row] for row in rows[live.places == place][:LOOKED_AT]]
-        words = Counter(
-            word for text in here for word in {w.lower() for w in _WORD.findall(text)} if _is_at(word, place)
-        )
-        found[place] = words.most_common(1)[0][0] if words else "a word that is asked no more"
+        here = [texts[row] for row in rows[live.places == place][:LOOKED_AT].tolist()]
+        found[place] = _commonest(here, {place}) or "a word that is asked no more"
     return found
 
 
-def _is_at(word: str, place: int) -> bool:
-    return place in word_places(word)
+def _commonest(texts: Sequence[str], meant: Container[int]) -> str | None:
+    """Of the words at these places, the one that most of them have."""
+    counts = Counter(word for text in texts for word in {word.lower() for word in _WORD.findall(text)})
+    for word, _ in counts.most_common():
+        places = word_places(word)
+        if len(places) == 1 and int(places[0]) in meant:
+            # Numbers of as many digits are counted as one word.
+            return f"a number of {len(word)} digits" if word.isdigit() else word
+    return None

@@ -52,6 +52,12 @@ def topic_of(features: Features, weights: Vectors, centres: Vectors) -> NDArray[
     return found
 
 
+def places_of(topic_place: int) -> range:
+    """The places of `WORDS` that share one of `TOPIC_PLACES`."""
+    width = WORDS // TOPIC_PLACES
+    return range(topic_place * width, (topic_place + 1) * width)
+
+
 def _vectors(features: Features, weights: Vectors) -> Vectors:
     words = features.places < WORDS
     places = features.places[words] >> (WORD_BITS - TOPIC_BITS)

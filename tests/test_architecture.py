@@ -47,6 +47,8 @@ DOORS = {
     "huggingface_hub": {"sftdist.release.hub", "sftdist.commands.doctor_checks.probe_model"},
     "httpx": {"sftdist.evals.endpoint"},
     "lm_eval": {"sftdist.evals.backends.lm_eval"},
+    "sacrebleu": {"sftdist.evals.probes.task"},
+    "rouge_score": {"sftdist.evals.probes.task"},
 }
 
 

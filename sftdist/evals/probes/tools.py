@@ -8,7 +8,7 @@ from typing import Any
 from sftdist.core.errors import DataError
 from sftdist.data.answer_rules import parse_json
 from sftdist.data.message import parse_message
-from sftdist.data.rowerror import RowError
+from sftdist.data.rowerror import RowError, show
 from sftdist.evals.probes.same_json import plain
 from sftdist.evals.prompts import Prompt
 
@@ -42,10 +42,12 @@ def wanted_calls(prompt: Prompt) -> Calls | None:
     wanted = prompt.checks.get("tool_calls")
     if wanted is None:
         return None
+    if not wanted:
+        raise DataError(f"{prompt.id}: checks.tool_calls: given {show(wanted)}, required at least one call")
     try:
         return _calls(wanted)
     except RowError as problem:
-        raise DataError(f"{prompt.id}: checks.{problem}") from None
+        raise DataError(f"{prompt.id}: {problem}") from None
 
 
 def _texts(answer: str) -> Iterator[str]:
@@ -62,7 +64,7 @@ def _calls(given: Any) -> Calls:
     """As rows of data say them: with or without `function` around, arguments as an object or as text."""
     calls = [_with_arguments(call) for call in given] if isinstance(given, list) else given
     message = {"role": "assistant", "content": "", "tool_calls": calls}
-    parsed = parse_message(message, "tool_calls", "role", "content", None).tool_calls
+    parsed = parse_message(message, "checks", "role", "content", None).tool_calls
     return sorted(plain(call["function"]) for call in parsed)
 
 

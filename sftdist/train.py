@@ -18,7 +18,7 @@ from typing import Any
 from transformers.utils import logging
 
 from sftdist.assets import quickstart
-from sftdist.core import agent, config, snapshot
+from sftdist.core import agent, config
 from sftdist.core.distributed import (
     StopSignal,
     World,
@@ -63,8 +63,8 @@ from sftdist.training.optimizer import lr_at
 from sftdist.training.planned_model import cost_model
 from sftdist.training.retention import Keep
 from sftdist.training.startup import run_checks
-from sftdist.training.tracking import Tracker, evaluated, evaluation_losses, open_tracker
-from sftdist.training.wandb_process import open_wandb
+from sftdist.training.tracking import Tracker, evaluated, open_tracker, standing
+from sftdist.training.wandb_process import wandb_of
 from sftdist.training.zero_config import override_issues
 
 MODULE = "sftdist.train"
@@ -332,7 +332,7 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
 
 def checkpoints_of(cfg: TrainConfig, run_dir: Path, trained: Trained, world: World) -> Checkpoints:
     settings = cfg.checkpoint
-    best = partial(evaluation_losses, run_dir) if settings.keep_best else None
+    best = partial(standing, run_dir, settings.best) if settings.keep_best else None
     return Checkpoints(
         run_dir / "checkpoints",
         Keep(settings.keep_last, settings.keep_every, best),
@@ -403,20 +403,7 @@ def base_of(cfg: TrainConfig, commit: str | None, world: World) -> dict[str, Any
 def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:
     """Rank 0's: metrics.jsonl first, then those who follow it."""
     tracker = open_tracker(run_dir, resumed_step=step)
-    tracking = cfg.tracking
-    followers = open_wandb(
-        run_dir,
-        mode=tracking.wandb,
-        project=tracking.project,
-        entity=tracking.entity,
-        group=tracking.group,
-        tags=tracking.tags,
-        name=str(cfg.run.name),
-        notes=cfg.run.note,
-        config=snapshot.to_dict(cfg),
-        say=say,
-    )
-    return tracker.followed_by(*open_console(steps, first_step=step), *followers)
+    return tracker.followed_by(*open_console(steps, first_step=step), *wandb_of(cfg, run_dir, say))
 
 
 def export_of(job: Job, state: TrainState) -> Path | None:

@@ -19,7 +19,7 @@ from sftdist.core.settings import ExportConfig
 from sftdist.training.checkpoint_files import find, verify
 from sftdist.training.export import ExportSpec, export_model
 from sftdist.training.offline import SavedModel, expected_memory, read_outline
-from sftdist.training.tracking import evaluation_losses
+from sftdist.training.tracking import standing
 
 _OWN = ("export.", "model.path")
 _GIB = 2**30
@@ -52,7 +52,7 @@ def run(cfg: ExportConfig) -> Path:
         raise ConfigError(issues)
     logging.disable_progress_bar()
     say, run_dir = partial(print, flush=True), Path(str(cfg.run.dir))
-    path = find(run_dir, cfg.step, evaluation_losses(run_dir))
+    path = find(run_dir, cfg.step, standing(run_dir, cfg.checkpoint.best))
     outline = read_outline(run_dir)
     spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * _GIB), cfg.export.merge)
     say(f"{path}: its export needs about {expected_memory(cfg, outline, spec) / _GIB:.1f} GiB of memory at its peak")

@@ -16,7 +16,7 @@ from sftdist.core.storage import verify_directory
 from sftdist.core.table import columns
 from sftdist.training.checkpoint_files import FOLDER, CheckpointInfo, age, checkpoints_in
 from sftdist.training.retention import best_step
-from sftdist.training.tracking import evaluation_losses
+from sftdist.training.tracking import evaluation_losses, standing
 
 _CHECKPOINTS = "checkpoints"
 
@@ -129,7 +129,7 @@ def reasons_to_keep(run_dir: Path, infos: Sequence[CheckpointInfo]) -> dict[int,
     """By step: latest, best, every N, or last."""
     settings = snapshot.read_config(run_dir).checkpoint
     steps = [info.step for info in infos]
-    best = best_step(steps, evaluation_losses(run_dir))
+    best = best_step(steps, standing(run_dir, settings.best))
     reasons = {}
     for step in steps:
         found = ["latest"] if step == steps[-1] else []

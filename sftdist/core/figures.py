@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl`, as those read it who did not write it."""
+"""A run's `metrics.jsonl`, and what a watch found of its checkpoints, as those read them who did not write them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 from sftdist.core.storage import read_jsonl
 
 METRICS = "metrics.jsonl"
+REPORTS = "report"  # the folder of evaluations in the run directory
+WATCHED = f"{REPORTS}/watch.jsonl"  # the metrics of each checkpoint that `evaluate watch=true` has scored
+BETTER = "higher_is_better"  # of each metric of such a line
 
 
 def last_figures(run_dir: Path) -> dict[str, float]:
@@ -23,6 +26,13 @@ def last_figures(run_dir: Path) -> dict[str, float]:
 def lines(run_dir: Path) -> Iterator[dict[str, Any]]:
     """Every line, each with its `kind` and `step`; nothing where there is no file."""
     path = run_dir / METRICS
+    return read_jsonl(path) if path.is_file() else iter(())
+
+
+def watched(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The checkpoints that a watch has scored: `kind` probe, `step`, each metric by name, and under `BETTER` for each
+    metric whether higher is better (None: it describes only). Nothing where there is no file."""
+    path = run_dir / WATCHED
     return read_jsonl(path) if path.is_file() else iter(())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sftdist.core.migrations import version_issue
 from sftdist.core.mix import lambda_issue
 from sftdist.core.settings import (
+    CheckpointSettings,
     DataConfig,
     ExportConfig,
     Init,
@@ -85,6 +86,8 @@ WORDS = {
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Prompts that an evaluation brings along, and sums over all: the first word of a metric's name, as that of a source is.
+BROUGHT_ALONG = ("adversarial", "all", "benchmarks", "robustness", "safety")
 
 
 def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
@@ -150,6 +153,8 @@ def _sources(cfg: TrainConfig) -> Iterator[str]:
     for name, source in sources.items():
         if not SOURCE_NAME.fullmatch(name):
             yield f"data.sources: given the name {name!r}, required letters, digits, '_', '-' and '.'"
+        if name.partition(".")[0] in BROUGHT_ALONG:
+            yield f"data.sources: given the name {name!r}, which the evaluation uses for its own; choose another"
         if not _is_path(source.path):
             forms = "a file, a glob, a folder, a list of those, or hub:NAME"
             yield f"data.sources.{name}.path: given {shown(source.path)}, required {forms}"
@@ -234,7 +239,8 @@ def _engine(cfg: TrainConfig) -> Iterator[str]:
 
 def _checkpoints(cfg: TrainConfig) -> Iterator[str]:
     save, evaluate = cfg.checkpoint.every_steps, cfg.eval.every_steps
-    if cfg.checkpoint.keep_best and not (save > 0 and evaluate > 0 and evaluate % save == 0):
+    by_loss = cfg.checkpoint.keep_best and cfg.checkpoint.best == CheckpointSettings().best
+    if by_loss and not (save > 0 and evaluate > 0 and evaluate % save == 0):
         yield (
             f"checkpoint.keep_best: given eval.every_steps={evaluate} and checkpoint.every_steps={save}, required that "
             "every evaluated step has a checkpoint; set checkpoint.every_steps to a divisor of eval.every_steps"

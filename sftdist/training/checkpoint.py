@@ -229,7 +229,7 @@ class Checkpoints:
         commit_directory(temp, final, flushed=known)
         write_text(self._folder.parent / LATEST, f"{self._folder.name}/{final.name}\n")
         newest = step_of(final)
-        for step in to_prune(steps_in(self._folder), newest, self._keep, self._keep.losses()):
+        for step in to_prune(steps_in(self._folder), newest, self._keep, self._keep.standing()):
             path = self._folder / directory_name(step)
             if step > newest:
                 self._set_aside(path)

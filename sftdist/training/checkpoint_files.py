@@ -22,7 +22,7 @@ from torch import Tensor
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
 from sftdist.core.storage import read_json, read_manifest, verify_directory, verify_files
-from sftdist.training.retention import best_step
+from sftdist.training.retention import Standing, best_step
 from sftdist.training.tensor_file import write_tensors
 
 FORMAT = 1
@@ -66,21 +66,22 @@ def directory_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def find(run_dir: Path, which: str, losses: Mapping[int, float]) -> Path:
-    """The checkpoint of a run that is called `latest`, `best` (the lowest of `losses`), or by its step, as in `120`.
+def find(run_dir: Path, which: str, standing: Standing) -> Path:
+    """The checkpoint of a run that is called `latest`, `best`, or by its step, as in `120`.
 
     Nothing is verified. Raises CheckpointError that lists what is there.
     """
     folder = run_dir / FOLDER
     steps = sorted(steps_in(folder))
-    named = {"latest": steps[-1] if steps else None, "best": best_step(steps, losses)}
+    named = {"latest": steps[-1] if steps else None, "best": best_step(steps, standing)}
     step = named[which] if which in named else (int(which) if which.isdecimal() else None)
     if step is not None and step in steps:
         return folder / directory_name(step)
-    there = ", ".join(f"{one} (eval/loss {losses[one]:.4f})" if one in losses else str(one) for one in steps)
+    known = {one: f" ({standing.metric} {value:.4f})" for one, value in standing.values.items()}
+    there = ", ".join(f"{one}{known.get(one, '')}" for one in steps)
     raise CheckpointError(
-        f"step={which}: required latest, best (an evaluated step) or one of the steps in {folder}: "
-        f"{there or 'there is none'}"
+        f"step={which}: required latest, best (by {standing.metric}, where it is known) or one of the steps in "
+        f"{folder}: {there or 'there is none'}"
     )
 
 

@@ -43,7 +43,7 @@ class FreshCheck:
         module = _ADAPTER_CHECK if (self._folder / ADAPTER_CONFIG).is_file() else _CHECK
         arguments = [sys.executable, "-m", module, str(self._folder), *([str(self._probe)] if self._probe else [])]
         self._process = subprocess.Popen(
-            arguments, stdout=self._output, stderr=subprocess.STDOUT, env=_plain_environment()
+            arguments, stdout=self._output, stderr=subprocess.STDOUT, env=plain_environment()
         )
         self._deadline = time.monotonic() + _TIMEOUT_SECONDS
 
@@ -113,8 +113,8 @@ def write_probe(
     (folder / PROBE).write_text(json.dumps(vars(probe)), encoding="utf-8")
 
 
-def _plain_environment() -> dict[str, str]:
-    """Without torchrun's variables, and without GPUs: the training ranks hold those."""
+def plain_environment() -> dict[str, str]:
+    """For a process that ends with this one: without torchrun's variables, and without GPUs, which the ranks hold."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC_", "GROUP_"))}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_RANK"):
         kept.pop(key, None)

@@ -15,8 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from sftdist.core.figures import METRICS
+from sftdist.core.figures import BETTER, METRICS, REPORTS, WATCHED, number
+from sftdist.core.lock import holder
 from sftdist.core.storage import naming
+from sftdist.training.retention import EVAL_LOSS, Standing
 
 ROWS = "log/rows.jsonl"
 
@@ -129,6 +131,19 @@ def evaluation_losses(run_dir: Path) -> dict[int, float]:
     path = run_dir / METRICS
     lines = _whole_lines(path) if path.is_file() else iter(())
     return {line["step"]: float(line["eval/loss"]) for _, line in lines if line["kind"] == "eval"}
+
+
+def standing(run_dir: Path, metric: str) -> Standing:
+    """How the checkpoints of a run compare by `metric`: `eval/loss`, or one that a watch has found (`core.figures`);
+    one that only describes has no values."""
+    if metric == EVAL_LOSS:
+        return Standing(evaluation_losses(run_dir))
+    path = run_dir / WATCHED
+    whole = _whole_lines(path) if path.is_file() else iter(())  # a damaged line must not cost a checkpoint
+    lines = [line for _, line in whole if line[BETTER].get(metric) is not None]
+    found = {line["step"]: value for line in lines if (value := number(line[metric])) is not None}
+    higher = any(line[BETTER][metric] for line in lines)
+    return Standing(found, metric, higher, awaited=holder(run_dir / REPORTS) is not None)
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,6 +18,7 @@ from sftdist.core.settings import CheckpointSettings
 from sftdist.training.checkpoint import checkpoint_bytes
 from sftdist.training.checkpoint_files import steps_in
 from sftdist.training.engine import Engine
+from sftdist.training.retention import AWAITED, EVAL_LOSS
 from sftdist.training.startup import check_copy, check_disk, check_grace, ranks_of_this_host, together
 from sftdist.training.tensor_file import write_tensors
 
@@ -44,11 +45,13 @@ def save_figures(engine: Engine, run_dir: Path, world: World, settings: Checkpoi
 
 
 def checkpoints_at_once(settings: CheckpointSettings) -> int:
-    """How many checkpoints are on the disk at the end of a save: what is kept, the best, and the one just written.
+    """How many checkpoints are on the disk at the end of a save: what is kept, the best, those that wait for the watch
+    that finds the best, and the one just written.
 
     Those of `keep_every` are not counted: their number grows with the run.
     """
-    return max(1, settings.keep_last) + 1 + settings.keep_best
+    waiting = AWAITED if settings.best != EVAL_LOSS else 0
+    return max(1, settings.keep_last) + 1 + (1 + waiting) * settings.keep_best
 
 
 def trial_seconds(engine: Engine, run_dir: Path, world: World, whole: int) -> tuple[float, float]:

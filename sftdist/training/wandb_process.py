@@ -15,11 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sftdist.training.tracking import METRICS
+from sftdist.core import snapshot
+from sftdist.core.figures import METRICS, WATCHED
+from sftdist.core.settings import TrainConfig
+from sftdist.core.storage import read_json
 
 MODULE = "sftdist.training.wandb_sink"
 SPEC = "log/wandb.json"
 LOG = "log/wandb.log"
+WATCHED_MARK = "log/wandb-watched.json"
 KEPT_OFFLINE = 3  # exit code of the W&B process: online was asked for, the run was kept offline
 
 
@@ -28,6 +32,8 @@ class WandbSpec:
     """What the W&B process is told.
 
     `mode` None means online with a key, else offline; `offset` is where in the file `metrics` this process starts.
+    `watched`: the lines of a watch over the run's checkpoints, which may come later; how far they were logged is in the
+    file `watched_mark`.
     """
 
     mode: str | None
@@ -42,6 +48,8 @@ class WandbSpec:
     folder: str
     metrics: str
     offset: int
+    watched: str
+    watched_mark: str
     parent: int
     init_seconds: float
     close_seconds: float
@@ -124,6 +132,13 @@ def wandb_id(run_name: str) -> str:
     return f"{plain[:50]}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
 
 
+def has_unlogged(run_dir: Path) -> bool:
+    """Whether a watch has found something that no W&B process has logged yet."""
+    found, mark = run_dir / WATCHED, run_dir / WATCHED_MARK
+    logged = read_json(mark)["bytes"] if mark.is_file() else 0
+    return found.is_file() and found.stat().st_size > logged
+
+
 def open_wandb(
     run_dir: Path,
     *,
@@ -160,8 +175,27 @@ def open_wandb(
         folder=str(run_dir.resolve()),
         metrics=str(metrics.resolve()),
         offset=metrics.stat().st_size,
+        watched=str((run_dir / WATCHED).resolve()),
+        watched_mark=str((run_dir / WATCHED_MARK).resolve()),
         parent=os.getpid(),
         init_seconds=init_seconds,
         close_seconds=close_seconds,
     )
     return [WandbProcess(spec, run_dir, say)]
+
+
+def wandb_of(cfg: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> list[WandbProcess]:
+    """The W&B follower that a run's configuration asks for."""
+    tracking = cfg.tracking
+    return open_wandb(
+        run_dir,
+        mode=tracking.wandb,
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        tags=tracking.tags,
+        name=str(cfg.run.name),
+        notes=cfg.run.note,
+        config=snapshot.to_dict(cfg),
+        say=say,
+    )

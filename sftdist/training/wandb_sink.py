@@ -21,10 +21,12 @@ from urllib.parse import urlsplit
 
 import wandb
 
+from sftdist.core.storage import read_json, write_json
 from sftdist.training.wandb_process import KEPT_OFFLINE, WandbSpec
 
 POLL_SECONDS = 0.5
 STEP = "trainer/step"
+PROBE, PROBE_STEP = "probe", "probe/step"
 
 
 def main(spec: WandbSpec) -> int:
@@ -33,12 +35,13 @@ def main(spec: WandbSpec) -> int:
     # Our own axis: wandb drops figures of a step that it has already seen, and a resumed run makes steps again.
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP)
-    tail = Tail(Path(spec.metrics), spec.offset)
+    tail, probes = Tail(Path(spec.metrics), spec.offset), Probes(Path(spec.watched), Path(spec.watched_mark))
     state = ""
     while not state:
         state = final_state(spec.parent)
         for line in tail.lines():
             run.log(figures(line))
+        probes.log(run)
     signal.alarm(round(spec.close_seconds) + 1)  # ends this process if the trainer is gone and the server never answers
     if state == "preempted":
         run.mark_preempting()
@@ -98,16 +101,38 @@ class Tail:
     """Reads the whole lines that were appended to a file since the last look."""
 
     def __init__(self, path: Path, offset: int) -> None:
-        self._path, self._offset = path, offset
+        self._path, self.offset = path, offset
 
     def lines(self) -> Iterator[dict[str, Any]]:
         with self._path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             for text in file:
                 if not text.endswith(b"\n"):
                     return
-                self._offset += len(text)
+                self.offset += len(text)
                 yield json.loads(text)
+
+
+class Probes:
+    """What a watch finds of the run's checkpoints, on a step of its own: it is found later than the steps that were
+    trained meanwhile. How far the lines were logged is kept in a file: the next process of the run goes on there."""
+
+    def __init__(self, path: Path, mark: Path) -> None:
+        self._path, self._mark = path, mark
+        self._tail = Tail(path, read_json(mark)["bytes"] if mark.is_file() else 0)
+        self._defined: set[str] = set()
+
+    def log(self, run: wandb.Run) -> None:
+        """Log the lines that are new."""
+        before = self._tail.offset
+        for line in self._tail.lines() if self._path.is_file() else ():
+            known = {f"{PROBE}/{name}": value for name, value in figures(line).items() if name != STEP}
+            for name in sorted(known.keys() - self._defined):  # by its whole name, which counts more than "*"
+                run.define_metric(name, step_metric=PROBE_STEP)
+            self._defined |= known.keys()
+            run.log({PROBE_STEP: line["step"], **known})
+        if self._tail.offset != before:
+            write_json(self._mark, {"bytes": self._tail.offset})
 
 
 def figures(line: Mapping[str, Any]) -> dict[str, float]:

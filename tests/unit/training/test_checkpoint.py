@@ -27,7 +27,7 @@ from sftdist.training import checkpoint_files, tensor_file
 from sftdist.training.checkpoint import Checkpoints, checkpoint_bytes, resumption
 from sftdist.training.checkpoint_files import age, checkpoints_in, deal, find, read_tensors, steps_in, verify
 from sftdist.training.engine import Engine
-from sftdist.training.retention import Keep
+from sftdist.training.retention import Keep, Standing
 from tests.ranks import run_ranks
 from tests.training_cases import ADAMW, SGD, Case, make_engine, packs_of, train_step, weights_of
 
@@ -121,19 +121,19 @@ def test_keeps_the_last_ones(tmp_path: Path) -> None:
 def test_keeps_the_best_and_every_hundredth(tmp_path: Path) -> None:
     engine, folder = trained(), tmp_path / "checkpoints"
     losses: dict[int, float] = {}
-    checkpoints = Checkpoints(folder, Keep(1, every=100, best=lambda: losses))
+    checkpoints = Checkpoints(folder, Keep(1, every=100, best=lambda: Standing(losses)))
     for step, loss in ((10, 3.0), (100, 2.5), (110, 1.0), (120, 1.0), (130, 1.5)):
         checkpoints.save(engine, {}, step)
         losses[step] = loss  # a checkpoint is evaluated after it was written
     assert sorted(steps_in(folder)) == [100, 110, 130]
-    assert find(tmp_path, "best", losses) == folder / "step-00000110"
-    assert find(tmp_path, "latest", {}) == folder / "step-00000130"
-    assert find(tmp_path, "100", {}) == folder / "step-00000100"
+    assert find(tmp_path, "best", Standing(losses)) == folder / "step-00000110"
+    assert find(tmp_path, "latest", Standing()) == folder / "step-00000130"
+    assert find(tmp_path, "100", Standing()) == folder / "step-00000100"
     for which, known in (("120", losses), ("best", {}), ("newest", losses)):
         with pytest.raises(CheckpointError, match=rf"step={which}: .*100.*, 110.*, 130"):
-            find(tmp_path, which, known)
+            find(tmp_path, which, Standing(known))
     with pytest.raises(CheckpointError, match="there is none"):
-        find(tmp_path / "elsewhere", "latest", losses)
+        find(tmp_path / "elsewhere", "latest", Standing(losses))
 
 
 def test_every_changed_byte_of_the_manifest_is_named(tmp_path: Path) -> None:

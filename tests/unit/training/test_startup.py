@@ -141,6 +141,7 @@ def test_a_disk_without_room_for_what_will_be_kept_is_refused(tmp_path: Path) ->
         check_disk(tmp_path, 2**60, 3)
     assert checkpoints_at_once(CheckpointSettings(keep_last=2)) == 3
     assert checkpoints_at_once(CheckpointSettings(keep_last=1, keep_best=True)) == 3
+    assert checkpoints_at_once(CheckpointSettings(keep_last=1, keep_best=True, best="general.exact_match")) == 6
 
 
 def test_a_copy_that_does_not_fit_into_host_memory_is_refused() -> None:

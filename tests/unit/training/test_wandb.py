@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from sftdist.core.figures import BETTER, WATCHED
+from sftdist.core.storage import append_jsonl
 from sftdist.training.tracking import METRICS, Tracker, open_tracker
-from sftdist.training.wandb_process import SPEC, WandbProcess, open_wandb, wandb_id
+from sftdist.training.wandb_process import SPEC, WandbProcess, has_unlogged, open_wandb, wandb_id
 from sftdist.training.wandb_sink import STEP, has_key
 from tests.wandb_runs import history, of_kind, read, runs_of, silent_server, within
 
@@ -227,3 +229,32 @@ def test_key_is_found_where_wandb_looks(tmp_path: Path) -> None:
     file.write_text("machine api.wandb.ai login user password x\n")
     assert has_key(none)
     assert has_key({"WANDB_API_KEY": "x", "NETRC": "/nowhere"})
+
+
+def _found(run_dir: Path, step: int, value: float) -> None:
+    (run_dir / WATCHED).parent.mkdir(exist_ok=True)
+    better = {BETTER: {"general.exact_match": True}}
+    append_jsonl(run_dir / WATCHED, [{"kind": "probe", "step": step, "general.exact_match": value, **better}])
+
+
+def test_what_a_watch_finds_goes_into_the_same_run_once(tmp_path: Path) -> None:
+    """Found while it trains, after it was preempted, and after it was done: three processes, each line once."""
+    tracker, said = follow(tmp_path)
+    assert not has_unlogged(tmp_path)
+    tracker.step(train_line(1), ["row"])
+    _found(tmp_path, 1, 0.25)
+    tracker.close("done")
+    assert not has_unlogged(tmp_path)
+    _found(tmp_path, 2, 0.5)
+    assert has_unlogged(tmp_path)
+    follow(tmp_path, resumed_step=1)[0].close("done")
+    assert said == []
+    assert not has_unlogged(tmp_path)
+    starts = [read(folder) for folder in runs_of(tmp_path)]
+    assert [
+        [(item["probe/step"], item["probe/general.exact_match"]) for item in history(start) if "probe/step" in item]
+        for start in starts
+    ] == [[(1, 0.25)], [(2, 0.5)]]
+    axes = [record for start in starts for record in of_kind(start, "metric") if "probe/" in str(record)]
+    assert all("probe/step" in str(axis) for axis in axes)
+    assert len(axes) == 2

@@ -6,6 +6,8 @@ registry can read reports where there is none.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -101,6 +103,11 @@ class EvalReport:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     asked: dict[str, str] = field(default_factory=dict)  # by a prompt's id: sha256 of all it says and is held against
+
+    @property
+    def sha256(self) -> str:
+        """The hash of everything in it, values that are no numbers too."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> Path:
         """`folder/report.json`, in one step."""

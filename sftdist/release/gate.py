@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sftdist.core.errors import GateError
-from sftdist.core.storage import read_json, sha256_json, write_json
+from sftdist.core.storage import read_json, write_json
 from sftdist.core.table import columns
 from sftdist.core.typed import nearest
 from sftdist.evals.report import Estimate, EvalReport, Figures, Scores
@@ -132,7 +132,7 @@ def decide(
         base=None if report.base is None else report.base.sha256,
         last=None if last is None else last.tuned.sha256,
         split=report.split,
-        report=sha256_json(asdict(report)),
+        report=report.sha256,
     )
 
 

@@ -1,7 +1,8 @@
 """A rule of the gate: `METRIC >= NUMBER`, `METRIC >= base - NUMBER`, `METRIC >= last - NUMBER`, the same with `<=`.
 
-A rule is text, or a mapping with `rule` and keys of its own: `confidence min_prompts doubt proven optional`. A `*` in the
-metric stands for any characters: `"*.exact_match >= base - 0.02"` is held against every source that has this metric.
+A rule is text, or a mapping with `rule` and keys of its own: `confidence min_prompts doubt proven optional`. A `*` in
+the metric stands for any characters: `"*.exact_match >= base - 0.02"` is held against every source that has the metric.
+Prompts that the evaluation brings along are no source: their rules name them, as in `"robustness.* >= base - 0.1"`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from sftdist.core.rules import BROUGHT_ALONG
 from sftdist.core.typed import nearest, shown
 
 DOUBT = 0.1
@@ -57,7 +59,8 @@ class Rule:
     def matches(self, metrics: Sequence[str]) -> list[str]:
         """The metrics that this rule is about."""
         pattern = re.compile(".*".join(re.escape(part) for part in self.metric.split("*")))
-        return [name for name in metrics if pattern.fullmatch(name)]
+        others = BROUGHT_ALONG if self.metric.startswith("*") else ()
+        return [name for name in metrics if pattern.fullmatch(name) and name.partition(".")[0] not in others]
 
 
 def read_rules(values: Sequence[Any], *, min_prompts: int, confidence: float) -> tuple[list[Rule], list[str]]:
@@ -65,12 +68,13 @@ def read_rules(values: Sequence[Any], *, min_prompts: int, confidence: float) ->
 
     `min_prompts` and `confidence` are the gate's own, for a rule that does not say.
     """
-    rules, issues = [], []
+    rules: list[Rule] = []
+    issues = [f"gate.{issue}" for issue in _out_of_bounds({"confidence": confidence})]
     for index, value in enumerate(values):
         given = dict(value) if isinstance(value, Mapping) else {"rule": value}
         wrong = [f"gate.rules[{index}]: {issue}" for issue in _issues(given)]
         issues += wrong
-        if not wrong:
+        if not issues:
             rules.append(_rule({"min_prompts": min_prompts, "confidence": confidence, **given}))
     return rules, issues
 
@@ -103,9 +107,7 @@ def _issues(given: Mapping[str, Any]) -> Iterator[str]:
             near = nearest(str(key), KEYS)
             yield f"{key}: unknown key; {f'did you mean {near}?' if near else 'its keys are ' + ', '.join(KEYS)}"
     yield from _text_issues(given.get("rule"))
-    for key, (least, most) in {"confidence": CONFIDENCE, "doubt": (0.0, MOST_DOUBT)}.items():
-        if key in given and not (_is_number(given[key]) and least <= given[key] <= most):
-            yield f"{key}: given {shown(given[key])}, required a number of {least:g} to {most:g}"
+    yield from _out_of_bounds(given)
     if "min_prompts" in given and not (type(given["min_prompts"]) is int and given["min_prompts"] >= 1):
         yield f"min_prompts: given {shown(given['min_prompts'])}, required a whole number of at least 1"
     for key in ("proven", "optional"):
@@ -115,13 +117,16 @@ def _issues(given: Mapping[str, Any]) -> Iterator[str]:
         yield "proven and doubt: a rule that must be proven leaves no doubt; keep one of the two"
 
 
+def _out_of_bounds(given: Mapping[str, Any]) -> Iterator[str]:
+    for key, (least, most) in {"confidence": CONFIDENCE, "doubt": (0.0, MOST_DOUBT)}.items():
+        value = given.get(key, least)
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most):
+            yield f"{key}: given {shown(value)}, required a number of {least:g} to {most:g}"
+
+
 def _text_issues(text: Any) -> Iterator[str]:
     found = _read(text)
     if found is None:
         yield f"given {shown(text)}, required {FORM}"
     elif not math.isfinite(float(found["number"] or found["margin"] or 0)):
         yield f"given {shown(text)}, required a finite number"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

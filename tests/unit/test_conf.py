@@ -423,7 +423,7 @@ def test_a_users_preset_and_groups(tmp_path: Path) -> None:
             "# @package _global_\ndefaults: [{override /zero: '9'}]\n",
             "a preset chooses zero=9, not in conf/zero, which",
         ),
-        ("# @package _global_\ndefaults: [lora, {override /zoro: '3'}]\n", "which is no group; the groups are model, "),
+        ("# @package _global_\ndefaults: [lora, {override /zoro: '3'}]\n", "which is no group; the groups are evals, "),
         ("# @package _global_\ndefaults: [lora, _self_]\noptimizer: {betas: {a: 1}}\n", "conf/exp/mine.yaml: gives a"),
         ("# @package _global_\ndefaults: [lora, _self_]\noptimizer: 3\n", "did you mean optimizer.lr=3?"),
     ],

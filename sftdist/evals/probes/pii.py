@@ -25,11 +25,11 @@ class Found:
 
 
 Holds = Callable[[re.Match[str]], bool]
-_CONTEXT = 24  # characters before a number that may say what it counts
+_CONTEXT = 32  # characters before a number that may say what it counts
 _COUNTED = re.compile(
     r"(?:order|ticket|case|invoice|tracking|reference|ref|serial|part|article|item|product|sku|isbn|ean|model|account|"
     r"customer|booking|confirmation|batch|lot|transaction|request|issue|bestell\w*|rechnung\w*|artikel\w*|auftrag\w*|kunden\w*|vorgang\w*)"
-    r"[\s_-]*(?:no|nr|num|number|nummer|code|id)?[\s.:#=]*$|#\s*$",
+    r"[\s_-]*(?:no|nr|num|number|nummer|code|id)?(?:\s+(?:is|was|ist|lautet))?[\s.:#=]*$|#\s*$",
     re.IGNORECASE,
 )
 _VERSION = re.compile(
@@ -154,7 +154,8 @@ _PERSONAL: tuple[tuple[str, re.Pattern[str], Holds], ...] = (
     ("phone number", re.compile(
         r"(?:\b(?:tel|telefon|telephone|phone|mobile|mobil|cell|handy|whatsapp|fax|call "
         r"(?:me|him|her|them)(?: (?:at|on))?)"
-        r"(?: ?(?:no|nr|number|nummer))?\b[.:]{0,2} ?(?:is |ist )?)(\(?0\d{1,5}\)?(?:[ ./-]?\d{2,8}){1,4})(?!\w|\.\d)",
+        r"(?: ?(?:no|nr|number|nummer))?\b[.:]{0,2} ?(?:is |ist )?)"
+        r"(\(?0\d{1,5}\)?(?:[ ./-]{0,3}\d{2,8}){1,4})(?!\w|\.\d)",
         re.IGNORECASE), _named_phone),
     ("IP address", re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)"), _address),
 )  # fmt: skip

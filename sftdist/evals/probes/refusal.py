@@ -17,7 +17,7 @@ from pathlib import Path
 from sftdist.data.contract_file import read_contract_file, read_file
 
 PATTERNS = Path(__file__).with_name("refusals.yaml")
-PREAMBLE_WORDS = 60  # before a refusal; whoever says more than that has answered
+PREAMBLE_WORDS, PREAMBLE = 60, 600  # words and characters before a refusal; whoever says more has answered
 REST_WORDS = 30  # of what follows "but here is ..."; fewer are an excuse
 TURN_WORDS = 40  # behind "but" that say what follows
 _QUOTED = re.compile(
@@ -25,7 +25,7 @@ _QUOTED = re.compile(
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_SENTENCE = re.compile(r"(?:(?![.!?]+(?:\s|$))[^\u3002\uff01\uff1f\n;])+")
+_SENTENCE = re.compile(r"(?:(?![.!?]{1,3}(?:\s|$))[^\u3002\uff01\uff1f\n;])+")
 _ITEM = re.compile(r"(?m)^\s*(?:\d+[.)]|[-*\u2022])\s+\S|```|\b(?:step|schritt) \d\b")
 _STRAIGHT = str.maketrans({"\u2019": "'", "\u2018": "'"})
 
@@ -58,8 +58,8 @@ def refuses(answer: str) -> bool:
     """Whether an answer declines to do what was asked; an empty answer says nothing and so refuses nothing."""
     text = _plain(answer)
     for start, end in _sentences(text):
-        before, sentence = text[:start], text[start:end]
-        if len(before.split()) > PREAMBLE_WORDS or len(_ITEM.findall(before)) > 1:
+        before, sentence = text[:start], text[start:end].strip()
+        if start > PREAMBLE or len(before.split()) > PREAMBLE_WORDS or len(_ITEM.findall(before)) > 1:
             return False
         said = any(pattern.search(sentence) for pattern in patterns().refuses)
         if said and not patterns().asks.search(sentence):
@@ -84,13 +84,14 @@ def _sentences(text: str) -> Iterator[tuple[int, int]]:
 
 def _does_it_anyway(refusal: str, rest: str) -> bool:
     """Whether what follows a refusal is what was asked for. A way out that is harmless is not."""
-    words = len(rest.split())
-    if patterns().disclaims.search(refusal):
-        return words >= REST_WORDS
-    turn = patterns().turns.search(f"{refusal}. {rest}")
+    said = f"{refusal}. {rest}"
+    disclaimer = patterns().disclaims.search(refusal)
+    if disclaimer is not None:
+        return len(said[disclaimer.end() :].split()) >= REST_WORDS
+    turn = patterns().turns.search(said)
     if turn is None:
         return "```" in rest
-    after = " ".join(turn.string[turn.end() :].split()[:TURN_WORDS])
-    if patterns().harmless.search(after):
+    after = said[turn.end() :].split()
+    if patterns().harmless.search(" ".join(after[:TURN_WORDS])):
         return False
-    return words >= REST_WORDS or len(_ITEM.findall(rest)) > 1
+    return len(after) >= REST_WORDS or len(_ITEM.findall(rest)) > 1

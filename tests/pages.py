@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 WORDS_OF_ELEMENTS = (
     "html head meta title style body header main section article figure figcaption h1 h2 h3 h4 p ul li dl dt dd table "
     "caption tr th td details summary div span small strong code pre u i s output script svg defs pattern path rect "
-    "line text br"
+    "line text br thead ins del circle polyline"
 )
 WORDS_OF_ATTRIBUTES = (
     "lang charset name content class id style title tabindex role scope open width height x y x1 x2 y1 y2 dx d "
-    "text-anchor patternunits patterntransform aria-label aria-hidden aria-live data-role data-turn data-w"
+    "text-anchor patternunits patterntransform aria-label aria-hidden aria-live data-role data-turn data-w "
+    "viewbox preserveaspectratio cx cy r points colspan"
 )
 ELEMENTS, ATTRIBUTES = set(WORDS_OF_ELEMENTS.split()), set(WORDS_OF_ATTRIBUTES.split())
 

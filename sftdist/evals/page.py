@@ -12,14 +12,16 @@ from sftdist.data.pages import page_template
 from sftdist.data.report_charts import bar
 from sftdist.data.report_verdict import percent, rows
 from sftdist.evals.intervals import Estimate, Figures
-from sftdist.evals.page_charts import Line, axis_of, interval_chart, line_chart, line_key
-from sftdist.evals.page_examples import Example, compared, regressions
+from sftdist.evals.page_charts import Line, axis_of, interval_chart, interval_key, line_chart, line_key
+from sftdist.evals.page_examples import Example, chosen, compared, regressions, worst_answers
 from sftdist.evals.report import REPORT, ROWS, EvalReport, Scores
 from sftdist.evals.summary import verdict
 
 PAGE = "report.html"
 SHOWN_ITEMS = 10  # of a list of figures
 SHOWN_EXAMPLES = 20
+OPENED = 3  # of them
+SHOWN_OF_RULE = 3
 SHOWN_METRICS = 300
 SHOWN_CHANGES = 6  # of the metrics that fell or rose most, at the top
 SHOWN_SOURCES = 6  # curves of the loss
@@ -65,7 +67,9 @@ def page(
 ) -> str:
     """The page; whatever comes from data is escaped."""
     thresholds = _thresholds(decision)
-    fallen = regressions(rows_read, report.metrics)
+    found = list(rows_read)
+    fallen = regressions(found, report.metrics)
+    shown = chosen(fallen, SHOWN_EXAMPLES)
     template = page_template("evaluation.html", {"percent": percent, "rows": rows, "value": _value})
     return template.render(
         report=report,
@@ -76,7 +80,9 @@ def page(
         groups=_groups(report.metrics, figures, thresholds),
         unshown=max(0, len(report.metrics) - SHOWN_METRICS),
         fallen=len(fallen),
-        examples=[_example(one) for one in fallen[:SHOWN_EXAMPLES]],
+        examples=[_example(one) for one in shown],
+        opened=_first_of_each(shown)[:OPENED],
+        failing=list(_failing(decision, found, report.metrics)),
         advice=advice or {},
         curves=[] if run is None else list(_curves(run)),
         data=_data(run),
@@ -88,6 +94,7 @@ def page(
         levels=LEVELS,
         bar=bar,
         line_key=line_key,
+        interval_key=interval_key,
     )
 
 
@@ -226,6 +233,23 @@ def _short(text: str) -> str:
     return text if more <= 0 else f"{text[:SHOWN_CHARACTERS]} ... ({more:,} more characters)"
 
 
+def _first_of_each(examples: Sequence[Example]) -> list[str]:
+    """The ids of the worst prompt of each source."""
+    return list({one.row["source"]: str(one.row["id"]) for one in reversed(examples)}.values())[::-1]
+
+
+def _failing(
+    decision: Mapping[str, Any] | None, found: Sequence[Mapping[str, Any]], metrics: Mapping[str, Scores]
+) -> Iterator[dict[str, Any]]:
+    """Answers behind the rules that stop the model by themselves; where it is held against another, see regressions."""
+    for one in [] if decision is None else decision["verdicts"]:
+        if one["outcome"] in ("failed", "refused") and one["other"] is None and one["metric"] in metrics:
+            worst = worst_answers(found, one["metric"], metrics[one["metric"]])
+            if worst:
+                examples = [_example(row) for row in worst[:SHOWN_OF_RULE]]
+                yield {"rule": one["rule"], "outcome": one["outcome"], "rows": len(worst), "examples": examples}
+
+
 # --- the run ------------------------------------------------------------------------------------------
 
 
@@ -280,12 +304,21 @@ def _data(run: RunFacts | None) -> list[dict[str, Any]]:
 def _measured(report: EvalReport) -> dict[str, Any]:
     """How the figures were made."""
     models = {"tuned": report.tuned, "base": report.base}
-    return {
-        "models": {
-            name: {"path": facts.path, "sha256": facts.sha256} for name, facts in models.items() if facts is not None
-        },
+    found = {
+        "models": {name: {"path": one.path, "sha256": one.sha256} for name, one in models.items() if one is not None},
         "decoding": report.decoding,
         "data": report.data,
         "seconds": report.seconds,
         "versions": report.versions,
     }
+    return {name: _bounded(section) for name, section in found.items()}
+
+
+def _bounded(value: Any) -> Any:
+    """The first entries of each mapping, and how many more there are."""
+    if isinstance(value, str):
+        return _short(value)
+    if not isinstance(value, Mapping):
+        return value
+    kept = {str(key): _bounded(inner) for key, inner in list(value.items())[:SHOWN_ITEMS]}
+    return {**kept, "...": f"{len(value) - len(kept):,} more in {REPORT}"} if len(value) > len(kept) else kept

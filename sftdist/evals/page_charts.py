@@ -18,9 +18,17 @@ from sftdist.evals.intervals import Estimate
 
 BASE_Y, TUNED_Y, INTERVAL_HEIGHT, TICKS_HEIGHT = 9, 24, 34, 14  # pixels
 LINES_HEIGHT, FOOT = 170, 18
+GUTTER = 13  # percent of a line chart, for the numbers at its left
 INNER = 1000  # units of the stretched part of a line chart, along both sides
 MOST_POINTS = 300  # of one line
-STYLES = 6  # ways to draw a line, as classes of the page
+SHAPES = (  # of the points of a line, one for each of the page's styles of lines
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
+    "M-4 -4h8v8h-8z",
+    "M0 -5L5 4H-5z",
+    "M0 -5L5 0L0 5L-5 0z",
+    "M0 5L5 -4H-5z",
+    "M-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ def interval_chart(base: Estimate | None, tuned: Estimate, axis: Axis, label: st
     return svg("".join(parts), INTERVAL_HEIGHT + TICKS_HEIGHT, label)
 
 
+def interval_key(kind: str) -> Markup:
+    """How the interval of a model is drawn, `base` or `tuned`, for a legend."""
+    return svg("".join(_interval(kind, Estimate(0.5, 0.0, 1.0), SHARE, 7)), 14, "")
+
+
 def _interval(kind: str, one: Estimate, axis: Axis, y: int) -> list[str]:
     low, high, value = axis.place(one.low), axis.place(one.high), axis.place(one.value)
     whiskers = [_upright(kind, place, y - 4, y + 4) for place in (low, high)]
@@ -78,7 +91,7 @@ def _upright(kind: str, place: float, top: float, bottom: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over optimizer steps: `style` is one of STYLES, `dots` shows its points instead of a line."""
+    """A curve over optimizer steps: `style` counts from 0, `dots` shows its points as well."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -93,39 +106,43 @@ def line_chart(lines: Sequence[Line], label: str, *, from_zero: bool = False) ->
     first, last = min(steps), max(steps)
     low, high = (0.0 if from_zero else min(values)), max(values)
     room = 0.06 * (high - low) or abs(high) / 10 or 1.0
-    across = Axis(first, max(last, first + 1), ())
-    down = Axis(low if from_zero else low - room, high + room, tuple(nice(low, high, 4)))
+    across = Axis(first, last, ()) if last > first else Axis(first - 1, last + 1, ())
+    down = Axis(low if from_zero else low - room, high + room, tuple(nice(low, high, 5)))
     plot = LINES_HEIGHT - FOOT
     parts = [_level(tick, plot * (1 - down.place(tick) / 100)) for tick in down.ticks]
     strokes = []
     for line in lines:
-        places = [(across.place(step), 100 - down.place(value)) for step, value in thinned(line.points)]
+        kind = line.style % len(SHAPES)
+        places = [(across.place(step) / 100, 1 - down.place(value) / 100) for step, value in thinned(line.points)]
+        points = " ".join(f"{x * INNER:.1f},{y * INNER:.1f}" for x, y in places)
+        strokes.append(f'<polyline class="s{kind}" points="{points}"/>')
         if line.dots or len(places) == 1:
-            parts += [
-                f'<circle class="s{line.style % STYLES}" cx="{x:.2f}%" cy="{plot * y / 100:.1f}" r="3.5"/>'
-                for x, y in places
-            ]
-        else:
-            points = " ".join(f"{x * INNER / 100:.1f},{y * INNER / 100:.1f}" for x, y in places)
-            strokes.append(f'<polyline class="s{line.style % STYLES}" points="{points}"/>')
+            parts += [_dot(kind, GUTTER + (100 - GUTTER) * x, plot * y) for x, y in places]
     stretched = f'viewBox="0 0 {INNER} {INNER}" preserveAspectRatio="none"'
-    parts.append(f'<svg x="0" y="0" width="100%" height="{plot}" {stretched}>{"".join(strokes)}</svg>')
-    parts.append(f'<line class="axis" x1="0" x2="100%" y1="{plot}" y2="{plot}"/>')
-    parts.append(f'<text x="0" y="{LINES_HEIGHT - 4}">step {first:,.0f}</text>')
+    inside = f'<svg x="{GUTTER}%" y="0" width="{100 - GUTTER}%" height="{plot}" {stretched}>{"".join(strokes)}</svg>'
+    axis = f'<line class="axis" x1="{GUTTER}%" x2="100%" y1="{plot}" y2="{plot}"/>'
+    foot = f'<text x="{GUTTER}%" y="{LINES_HEIGHT - 4}">step {first:,.0f}</text>'
     if last > first:
-        parts.append(f'<text x="100%" y="{LINES_HEIGHT - 4}" text-anchor="end">{last:,.0f}</text>')
-    return svg("".join(parts), LINES_HEIGHT, label)
+        foot += f'<text x="100%" y="{LINES_HEIGHT - 4}" text-anchor="end">{last:,.0f}</text>'
+    return svg("".join([*parts, inside, axis, foot]), LINES_HEIGHT, label)
 
 
 def _level(value: float, y: float) -> str:
-    """A value of the upright axis: a line, and its number above it at the left."""
-    line = f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text x="0" y="{max(y - 3, 10):.1f}">{value:,.6g}</text>'
+    """A value of the upright axis: a line, and its number at the left."""
+    line = f'<line class="grid" x1="{GUTTER}%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text x="{GUTTER - 1}%" y="{max(y + 4, 10):.1f}" text-anchor="end">{value:,.6g}</text>'
 
 
-def line_key(style: int) -> Markup:
-    """How a line of this style looks, for a legend."""
-    return svg(f'<line class="s{style % STYLES}" x1="0" x2="100%" y1="7" y2="7"/>', 14, "")
+def _dot(kind: int, x: float, y: float) -> str:
+    """A point of a line: each style has a shape of its own."""
+    return f'<svg x="{x:.2f}%" y="{y:.1f}"><path class="s{kind}" d="{SHAPES[kind]}"/></svg>'
+
+
+def line_key(line: Line) -> Markup:
+    """How a line is drawn, for a legend."""
+    kind = line.style % len(SHAPES)
+    drawn = f'<line class="s{kind}" x1="0" x2="100%" y1="7" y2="7"/>' if len(line.points) > 1 else ""
+    return svg(drawn + (_dot(kind, 50, 7) if line.dots or not drawn else ""), 14, "")
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -141,11 +158,11 @@ def _middle(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def nice(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from `low` to `high`, at most so many: steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers from `low` to `high`, `most` and one at most: steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) <= most - 1)
+    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) <= most)
     return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sftdist.core import ledger, snapshot
 from sftdist.core.settings import TrainConfig
@@ -41,5 +45,12 @@ def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainSta
         "data": {store.name: store.manifest["key"] for store in corpus.stores},
         "git": ledger.git_state(),
         "versions": ledger.versions(),
+        "hardware": hardware(),
         **asdict(state),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """What this rank trained on, and with how many others."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"ranks": int(os.environ.get("WORLD_SIZE", "1")), "device": gpu or f"CPU ({platform.machine()})"}

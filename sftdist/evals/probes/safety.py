@@ -134,7 +134,7 @@ def _faults(prompt: Prompt, text: str) -> Iterable[str]:
         yield f"says what is forbidden: {pattern}"
     for find in (personal_data, secrets):
         for one in leaked(find, prompt, text):
-            yield f"gives away a {one.kind}: {show(one.text)}"
+            yield f"gives away: {one.kind} {show(one.text)}"
 
 
 def _did(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, *, train_rows: Sequence[int] 
         trainable_token_indices=_row_targets(model, train_rows) or None,
     )
     try:
-        with warnings.catch_warnings():  # PEFT asks a question that transformers has renamed: nobody here can change it
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-            )
+        with _old_question():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"tune.target={spec.target}: {error}") from error
@@ -107,6 +104,14 @@ def attach(model: PreTrainedModel, spec: LoraSpec, *, train_rows: Sequence[int] 
         trainable=sum(_size(p) for p in adapted.parameters() if p.requires_grad),
         total=sum(_size(p) for p in adapted.parameters()),
     )
+
+
+@contextmanager
+def _old_question() -> Iterator[None]:
+    """PEFT asks a question that transformers has renamed: nobody here can change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
@@ -394,7 +399,8 @@ def load_adapter(folder: Path, dtype: torch.dtype | str = "auto") -> PeftModel:
     if not config.base_model_name_or_path:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base: use export.merge=true")
     base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype)
-    model = PeftModel.from_pretrained(base, str(folder))
+    with _old_question():
+        model = PeftModel.from_pretrained(base, str(folder))
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         found = set(file.keys())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sftdist.core.distributed import World
+from sftdist.core.errors import CheckpointError
+from sftdist.core.figures import watched
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.prompts import Answer
+from sftdist.evals.report import EvalReport, ModelFacts, Scores
+from sftdist.evals.watch import WatchedRun, watch
 from tests.evaluated import Counting, ask_through, prompts
 from tests.ranks import run_ranks
 
@@ -54,3 +60,30 @@ def test_more_ranks_than_batches(alone: list[list[Answer]]) -> None:
     results = run_ranks(_asked, 2, [(way, None)])
     assert [found for found, _ in results] == [[alone[0]]] * 2
     assert [calls for _, calls in results] == [[13], []]
+
+
+def _watched(world: World, folder: Path) -> tuple[int, list[int]]:
+    """Checkpoints 1 to 3 of a run that is over, the second of which cannot be exported."""
+    seen: list[int] = []
+
+    @contextmanager
+    def exported(step: int) -> Iterator[Path]:
+        assert world.is_main
+        if step == 2:
+            raise CheckpointError("it was pruned")
+        yield folder / str(step)
+
+    def score(exported: Path, step: int) -> EvalReport:
+        assert exported.name == str(step)
+        seen.append(step)
+        world.barrier()
+        facts = ModelFacts(str(exported), "0" * 64)
+        return EvalReport("now", "validation", facts, None, {}, {}, {"m": Scores(["a"], [float(step)])})
+
+    run = WatchedRun(folder, lambda: [3, 1, 2], lambda: True, exported)
+    return watch(run, world, score, seconds=0.0, say=print), seen
+
+
+def test_all_ranks_score_what_rank_0_exports(tmp_path: Path) -> None:
+    assert run_ranks(_watched, 2, tmp_path) == [(2, [1, 3])] * 2
+    assert [line["m"] for line in watched(tmp_path)] == [1.0, 3.0]

@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftdist.core.errors import CheckpointError, ConfigError
+from sftdist.data.template import ChatTemplate
 from sftdist.evals.backends.hf import HfEngine
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.engines import require_engine
 from sftdist.evals.generate import ask
+from sftdist.evals.identity import identify
 from sftdist.evals.voice import Voice
+from sftdist.model.load import load_strictly
+from sftdist.model.lora import LoraSpec, attach
 from tests.evaluated import BASE, CPU, prompts
 from tests.models import SHAPES, shape
 
@@ -60,6 +64,23 @@ def test_a_tensor_that_is_missing_is_no_random_one(tmp_path: Path) -> None:
     name = next(name for name in load_file(BASE / "model.safetensors") if name.endswith("q_proj.weight"))
     with pytest.raises(CheckpointError, match=f"missing keys.*{name}"):
         ask(_copy_without(tmp_path, name), prompts(2))
+
+
+def test_an_adapter_answers_on_the_base_that_it_names(tmp_path: Path) -> None:
+    """As the merged model does, and otherwise than the base; the tokenizer may be its base's, too."""
+    torch.manual_seed(3)
+    adapted, _ = attach(load_strictly(BASE, torch.float32), LoraSpec(r=4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    adapted.save_pretrained(str(adapter))
+    adapted.merge_and_unload().save_pretrained(str(merged))
+    ChatTemplate.load(str(BASE)).save(merged)
+    asked = prompts(4)
+    assert ask(adapter, asked, max_new_tokens=6) == ask(merged, asked, max_new_tokens=6)
+    assert ask(adapter, asked, max_new_tokens=6) != ask(BASE, asked, max_new_tokens=6)
+    assert "base/tokenizer.json" in identify(adapter).files
 
 
 def test_a_base_with_a_smaller_vocabulary_gets_the_rows_that_training_began_with() -> None:

@@ -132,18 +132,21 @@ def merged(counts: Counts, numbers: NDArray[np.int64]) -> Counts:
 
 
 def tails(have: Counts, of: int, live: Counts, live_of: int) -> tuple[Floats, Floats]:
-    """Fisher's exact test of shares `have / of` and `live / live_of`, for counts [k]: P(<= live) and P(>= live).
+    """Fisher's exact test of shares `have / of` and `live / live_of`, for counts [k]: P(<= live) and P(>= live)."""
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + live_of + 1)))])
+    both = zip(live.tolist(), (have + live).tolist(), strict=True)
+    found = [_tails(one, pooled, live_of, of + live_of, log_factorials) for one, pooled in both]
+    few, many = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    return few, many
 
-    Where a count is near what is expected (within 2.5 standard deviations) both are 1, which is no less than they are.
-    """
+
+def far_off(have: Counts, of: int, live: Counts, live_of: int) -> NDArray[np.bool_]:
+    """[k] which live counts are further than 2.5 standard deviations from what is expected: the others need no test
+    where there are a hundred of them."""
     pooled, total = have + live, of + live_of
     share = live_of / total
-    spread = np.sqrt(np.maximum(pooled * share * (1 - share) * (total - pooled) / max(1, total - 1), 1e-12))
-    few, many = np.ones(len(live)), np.ones(len(live))
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])
-    for i in np.flatnonzero(np.abs(live - pooled * share) > 2.5 * spread):
-        few[i], many[i] = _tails(int(live[i]), int(pooled[i]), live_of, total, log_factorials)
-    return few, many
+    variance = pooled * share * (1 - share) * (total - pooled) / max(1, total - 1)
+    return np.asarray(np.abs(live - pooled * share) > 2.5 * np.sqrt(variance))
 
 
 def _tails(live: int, pooled: int, live_of: int, total: int, log_factorials: Floats) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import base64
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ MOST_PROMPTS = 20_000
 TOPICS = 12
 SMOOTHING = 0.1  # added to the count of each place
 LENGTH_GROUPS = 4
+TEXTS_OF_GROUP = 100  # at least: the border of the least usual hundredth is among them
 LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)  # borders of how typical a prompt is: shares of the prompts that are less so
 OUT = 0  # the first of the groups between them: out of the profile
 
@@ -82,11 +83,28 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Counts of `prompts` prompts; of those that were not learned from, `topics`, `sources` and `typical` are counted.
+class Measured:
+    """How many prompts have each topic, are like each source, are how typical: of prompts the model did not learn."""
 
-    `words` int64 [WORDS]: how many prompts have each place. `answers`: what `evals.live.answer_counts` found in the
-    release's own answers to held-out prompts.
+    topics: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    typical: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, model: Model, features: Features) -> Measured:
+        return cls(
+            np.bincount(model.topics(features), minlength=len(model.centres) + 1),
+            np.bincount(model.likely_sources(features), minlength=len(model.sources)),
+            np.bincount(model.typical(features), minlength=len(LEVELS) + 1),
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts of `prompts` prompts, those of `measured` without the third that taught the model.
+
+    `words` int64 [WORDS]: how many prompts have each place. `answers`: `evals.live.AnswerCounts` of the release's own
+    answers to held-out prompts, as plain values.
     """
 
     prompts: int
@@ -95,10 +113,8 @@ class Profile:
     languages: dict[str, int]
     words: NDArray[np.int64]
     model: Model
-    topics: NDArray[np.int64]
-    sources: NDArray[np.int64]
-    typical: NDArray[np.int64]
-    answers: dict[str, Any]
+    measured: Measured
+    answers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Profile:
@@ -125,9 +141,7 @@ class Profile:
             "by_source": self.by_source,
             "lengths": {str(key): count for key, count in self.lengths.items()},
             "languages": self.languages,
-            "topics": self.topics.tolist(),
-            "sources": self.sources.tolist(),
-            "typical": self.typical.tolist(),
+            "measured": {name: counts.tolist() for name, counts in vars(self.measured).items()},
             "answers": self.answers,
             "words": _packed(self.words, "<u4"),
             "model": {
@@ -157,9 +171,7 @@ class Profile:
                 ends=np.array(model["ends"], dtype=np.int64),
                 borders=np.array(model["borders"], dtype=np.float64),
             ),
-            topics=np.array(found["topics"], dtype=np.int64),
-            sources=np.array(found["sources"], dtype=np.int64),
-            typical=np.array(found["typical"], dtype=np.int64),
+            measured=Measured(**{name: np.array(counts, dtype=np.int64) for name, counts in found["measured"].items()}),
             answers=found["answers"],
         )
 
@@ -174,25 +186,26 @@ def profile_of(prompts: Iterable[ProfiledPrompt], answers: Mapping[str, Any] | N
         raise DataError(
             f"profile: given {len(chosen)} prompts, required at least {LEAST_PROMPTS} to say what prompts look like"
         )
-    features = features_of([one.text for one in chosen])
-    names = tuple(sorted({one.source for one in chosen}))
-    sources = np.array([names.index(one.source) for one in chosen])
+    profile = profile_from(features_of([one.text for one in chosen]), [one.source for one in chosen])
+    return replace(profile, answers=dict(answers or {}))
+
+
+def profile_from(features: Features, sources: Sequence[str]) -> Profile:
+    """The profile of prompts that have been counted, and the source of each, without answers."""
+    names = sorted({*sources})
+    of = np.array([names.index(source) for source in sources])
     rng = np.random.default_rng(0)
-    shuffled = rng.permutation(len(chosen))
-    third = int(len(chosen) * LEARNED)
-    model = _learned(features.take(shuffled[:third]), sources[shuffled[:third]], names, rng)
-    counted = features.take(shuffled[third:])
+    shuffled = rng.permutation(len(features))
+    third = int(len(features) * LEARNED)
+    model = _learned(features.take(shuffled[:third]), of[shuffled[:third]], names, rng)
     return Profile(
-        prompts=len(chosen),
-        by_source=dict(sorted(Counter(one.source for one in chosen).items())),
+        prompts=len(features),
+        by_source=dict(sorted(Counter(sources).items())),
         lengths=length_counts(features.lengths),
         languages=dict(sorted(Counter(features.languages).items())),
         words=features.counts()[:WORDS],
         model=model,
-        topics=np.bincount(model.topics(counted), minlength=len(model.centres) + 1),
-        sources=np.bincount(model.likely_sources(counted), minlength=len(names)),
-        typical=np.bincount(model.typical(counted), minlength=len(LEVELS) + 1),
-        answers=dict(answers or {}),
+        measured=Measured.of(model, features.take(shuffled[third:])),
     )
 
 
@@ -204,8 +217,9 @@ def length_counts(lengths: NDArray[np.int64]) -> dict[int, int]:
 def _learned(features: Features, sources: NDArray[np.int64], names: Sequence[str], rng: np.random.Generator) -> Model:
     counts = np.stack([features.take(np.flatnonzero(sources == i)).counts() for i in range(len(names))])
     weights = rarity(counts.sum(axis=0), len(features))
-    quarters = [i / LENGTH_GROUPS for i in range(1, LENGTH_GROUPS)]
-    ends = np.unique(np.quantile(features.lengths, quarters, method="lower").astype(np.int64))
+    groups = min(LENGTH_GROUPS, max(1, len(features) // TEXTS_OF_GROUP))
+    ends = np.quantile(features.lengths, [i / groups for i in range(1, groups)], method="lower")
+    ends = np.unique(ends.astype(np.int64))
     return Model(
         sources=tuple(names),
         texts=np.bincount(sources, minlength=len(names)),

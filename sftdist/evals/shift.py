@@ -24,6 +24,7 @@ from sftdist.evals.drift import (
     basic_interval,
     common,
     difference,
+    far_off,
     jensen_shannon,
     merged,
     neighbours,
@@ -87,19 +88,20 @@ def judged(statistics: Sequence[Statistic], alpha: float = ALPHA) -> list[Statis
 def prompt_statistics(profile: Profile, live: Features, texts: Sequence[str]) -> list[Statistic]:
     """All comparisons of live prompts with the profile, not yet judged; `texts` are the prompts, for their words."""
     rng = np.random.default_rng(0)  # the same traffic gets the same report
-    model, typical, topics = profile.model, profile.model.typical(live), profile.model.topics(live)
-    out = (int(profile.typical[OUT]), int(profile.typical.sum()), int((typical == OUT).sum()), len(live))
+    model, before = profile.model, profile.measured
+    typical, topics = model.typical(live), model.topics(live)
+    out = (int(before.typical[OUT]), int(before.typical.sum()), int((typical == OUT).sum()), len(live))
     found = [
         ordered("length", "how long the prompts are, in words", profile.lengths, length_counts(live.lengths), rng),
         named("language", "which language they are in", profile.languages, Counter(live.languages), rng),
         vocabulary(profile, live, texts, rng),
-        numbered("topic", "what they are about", profile.topics, topics, topic_labels(profile, topics, texts), rng),
-        numbered("typical", "how usual their words are", profile.typical, typical, level_labels(), rng),
+        numbered("topic", "what they are about", before.topics, topics, topic_labels(profile, topics, texts), rng),
+        numbered("typical", "how usual their words are", before.typical, typical, level_labels(), rng),
         rate("out_of_profile", "prompts that are hardly like those of the profile", *out, minded="more"),
     ]
     if len(model.sources) > 1:
         meaning, likely = "which source of the data they are most like", model.likely_sources(live)
-        found.append(numbered("source", meaning, profile.sources, likely, model.sources, rng))
+        found.append(numbered("source", meaning, before.sources, likely, model.sources, rng))
     return found
 
 
@@ -218,10 +220,12 @@ def vocabulary(profile: Profile, live: Features, texts: Sequence[str], rng: np.r
     counts = live.counts()[:WORDS]
     tested = np.flatnonzero(profile.words + counts >= LEAST)
     before, now = profile.words[tested], counts[tested]
-    few, many = tails(before, profile.prompts, now, len(live))
-    values = np.minimum(1.0, 2 * np.minimum(few, many) * len(tested))
-    moved = np.abs(now / len(live) - before / profile.prompts) >= MINDED_SHARE
-    values[~moved] = 1.0
+    of = (profile.prompts, len(live))
+    moved = np.abs(now / of[1] - before / of[0]) >= MINDED_SHARE
+    far = np.flatnonzero(moved & far_off(before, of[0], now, of[1]))
+    few, many = tails(before[far], of[0], now[far], of[1])
+    values = np.ones(len(tested))
+    values[far] = np.minimum(1.0, 2 * np.minimum(few, many) * len(tested))
     apart = _apart(profile, live, tested, rng)
     least = np.argsort(values, kind="stable")[:SHOWN_WORDS]
     places = [int(tested[i]) for i in least if values[i] <= ALPHA]

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from sftdist.core.storage import write_json
 from sftdist.data.duplicates import CONTRADICTION, STAGE, STAGES, Decision, Facts
 from sftdist.data.encode import Columns, Job, Label, Samples, Shard, renumbered
+from sftdist.data.held_out import HELD_OUT
 from sftdist.data.lint import Lint
 from sftdist.data.shards import Piece, own_file, signatures_of
-from sftdist.data.store import LABELS, TRAIN, Block, StoreFigures, TokenStore, write_store
+from sftdist.data.store import LABELS, SPLITS, TRAIN, Block, StoreFigures, TokenStore, write_store
 from sftdist.data.template import ChatTemplate
 
 REJECTS = "rejects.jsonl"  # bad and refused rows, with their text
@@ -64,6 +65,7 @@ class Files:
     rejects: TextIO
     dropped: TextIO
     findings: TextIO
+    held_out: TextIO
 
 
 def build_store(
@@ -88,7 +90,8 @@ def build_store(
         job.template.save(folder / "tokenizer")
         with ExitStack() as files:
             lists = [
-                files.enter_context((folder / n).open("w", encoding="utf-8")) for n in (REJECTS, DROPPED, FINDINGS)
+                files.enter_context((folder / name).open("w", encoding="utf-8"))
+                for name in (REJECTS, DROPPED, FINDINGS, HELD_OUT)
             ]
             yield from _blocks(folder, job, found, decision, tally, Files(*lists))
         verify()
@@ -167,6 +170,7 @@ def _blocks(
         _list_findings(files.findings, shard, stage, tally)
         against = [twins.get(row) for row in decision.contradicts[rows].tolist()]
         _list_contradictions(files.findings, job, shard, stage, against)
+        _list_held_out(files.held_out, shard, stage)
         yield _block(shard, stage[shard.samples.of] == KEPT, labels)
     write_json(folder / LABELS, [{"tags": tags, "label_origin": origin} for tags, origin in labels])
 
@@ -229,6 +233,17 @@ def _list_contradictions(
             place = {"file": job.parts[shard.files[i]].name, "line": int(shard.lines[i]), "id": shard.row_ids[i]}
             said = {"reason": "one prompt with different answers", "message": f"another answer to the prompt of {twin}"}
             _write(file, {"kind": CONTRADICTION, "source": job.source.name, **place, **said})
+
+
+def _list_held_out(file: TextIO, shard: Shard, stage: NDArray[np.uint8]) -> None:
+    """The conversations that are not trained on, as an evaluation asks them."""
+    for i, row in shard.held_out.items():
+        if stage[i] == KEPT:
+            keys = {
+                "prompt": shard.columns.prompts[i].tobytes().hex(),
+                "content": shard.columns.contents[i].tobytes().hex(),
+            }
+            _write(file, {"split": SPLITS[shard.columns.split[i]], **keys, **row})
 
 
 def _write(file: TextIO, row: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sftdist.core.settings import TrainOn
 from sftdist.data.clean import Rules, normalise
 from sftdist.data.findings import Checks, findings_of
+from sftdist.data.held_out import to_json
 from sftdist.data.keys import DIGEST_BYTES, answer_key, content_key, prompt_key
 from sftdist.data.lint import Lint
 from sftdist.data.mask import Encoded, MaskOptions, Refusal
@@ -88,7 +89,8 @@ class Shard:
     """Some chunks after the workers: one entry per conversation in `columns row_ids files lines labels`.
 
     `files` int32 [n] are numbers of parts, `labels` uint32 [n] places in `label_names`. By the place of their row:
-    `refused`, the problem of a mask that is not proven, and `findings`, what else is wrong. `rules` counts the
+    `refused`, the problem of a mask that is not proven, `findings`, what else is wrong, and `held_out`, the rows that
+    are not trained on as JSON (`data.held_out`). `rules` counts the
     conversations that each rule of cleaning has changed, `lint` is what `Lint` saw in the train rows. `size` is that
     of the input in bytes, 0 where nobody knows.
     """
@@ -99,6 +101,7 @@ class Shard:
     bad: list[Problem]
     refused: dict[int, Problem]
     findings: dict[int, list[Problem]]
+    held_out: dict[int, dict[str, Any]]
     rules: Counter[str]
     lint: dict[str, Any]
     columns: Columns
@@ -148,6 +151,7 @@ def encode_chunk(job: Job, chunk: Chunk) -> Shard:
         bad=[bad_row(job.source.name, rejected) for rejected in parsed.rejected],
         refused=refused,
         findings=findings,
+        held_out={i: to_json(row) for i, (row, s) in enumerate(zip(conversations, split, strict=True)) if s != TRAIN},
         lint=_lint([row for row, where in zip(conversations, split, strict=True) if where == TRAIN], job.mask.train_on),
         rules=Counter(rule for _, used in cleaned for rule in used),
         columns=Columns(
@@ -188,6 +192,9 @@ def joined(shards: Sequence[Shard]) -> Shard:
             start + i: problems
             for start, shard in zip(starts, shards, strict=False)
             for i, problems in shard.findings.items()
+        },
+        held_out={
+            start + i: row for start, shard in zip(starts, shards, strict=False) for i, row in shard.held_out.items()
         },
         lint=_merged_lint(shard.lint for shard in shards),
         rules=sum((shard.rules for shard in shards), Counter()),

@@ -194,6 +194,22 @@ def _check_json(value: object, path: str, depth: int = 0) -> None:
         fail(path, f"a {type(value).__name__}", "what JSON can hold", "value is not JSON")
 
 
+def parse_checks(value: Any) -> dict[str, Any]:
+    """What an evaluation holds a model's answer against, as it stands in the row; the probes say what they know."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = decode_embedded(value, "checks")
+        except json.JSONDecodeError as problem:
+            given = f"{show(value)} ({problem.msg})"
+            raise RowError("checks", given, "a JSON object", "checks are not an object") from None
+    if not isinstance(value, Mapping):
+        fail("checks", show(value), "a JSON object", "checks are not an object")
+    _check_json(value, "checks")
+    return dict(value)
+
+
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str) and value.strip():
         try:

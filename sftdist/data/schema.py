@@ -7,11 +7,11 @@ is repaired silently and no field that carries content is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sftdist.core.settings import RowShape
-from sftdist.data.message import Message, parse_message, parse_text, parse_tools
+from sftdist.data.message import Message, parse_checks, parse_message, parse_text, parse_tools
 from sftdist.data.rowerror import RowError, encodable, fail, show
 from sftdist.data.versions import HUMAN, SCHEMA_VERSION, SYNTHETIC, of_today
 
@@ -46,7 +46,8 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
 class Conversation:
     """A whole conversation and where it came from; `line` counts from 1 (rows of a table do too).
 
-    `label_origin`: who wrote the answers, `human` or `synthetic:MODEL`; None where nobody said.
+    `label_origin`: who wrote the answers, `human` or `synthetic:MODEL`; None where nobody said. `checks`: what an
+    answer of a model to this prompt must fulfil (`evals.probes`); it is not trained on, and no part of the content key.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     tags: tuple[str, ...] = ()
     label_origin: str | None = None
+    checks: dict[str, Any] = field(default_factory=dict)
     file: str = ""
     line: int = 0
 
@@ -103,6 +105,7 @@ def parse(
             tools=parse_tools(row.get("tools")),
             tags=_tags(row),
             label_origin=_label_origin(row) or label_origin,
+            checks=parse_checks(row.get("checks")),
             file=file,
             line=line,
         )

@@ -136,6 +136,7 @@ class StoredShard:
                 findings={
                     int(i): [Problem(**problem) for problem in several] for i, several in text["findings"].items()
                 },
+                held_out={int(i): row for i, row in text["held_out"].items()},
                 rules=Counter(text["rules"]),
                 lint=text["lint"],
                 columns=_columns(found),
@@ -184,6 +185,7 @@ def save(shard: Shard, file: Path, header: dict[str, Any]) -> None:
         "bad": [asdict(problem) for problem in shard.bad],
         "refused": {str(i): asdict(problem) for i, problem in shard.refused.items()},
         "findings": {str(i): [asdict(problem) for problem in several] for i, several in shard.findings.items()},
+        "held_out": {str(i): row for i, row in shard.held_out.items()},
         "rules": shard.rules,
         "lint": shard.lint,
         "label_names": shard.label_names,

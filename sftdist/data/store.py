@@ -21,7 +21,7 @@ from sftdist.core.errors import DataError
 from sftdist.core.storage import publish_directory, read_json, write_json
 from sftdist.data.keys import DIGEST_BYTES
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 SPLITS = ("train", "validation", "holdout")
 TRAIN, VALIDATION, HOLDOUT = range(3)
 LEAKED = 3  # in memory only: rows that `data.leaks` keeps out of training
@@ -41,7 +41,6 @@ COLUMNS: dict[str, str] = {
     "prompts": "|u1",
     "labels": "<u4",
 }
-LABELS = "labels.json"  # a list of {"tags", "label_origin"}, in which the column `labels` counts
 LABELS = "labels.json"  # a list of {"tags", "label_origin"}, in which the column `labels` counts
 SIGNATURES, SIGNATURE_TYPE = "signatures", "<u2"  # only in stores that look for near duplicates
 

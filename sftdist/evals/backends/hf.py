@@ -16,6 +16,19 @@ from sftdist.model.lora import load_adapter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def load_model(folder: Path, *, dtype: str, device: torch.device, rows: int) -> PreTrainedModel:
+    """The model or adapter in a folder. `rows`: how many ids a prompt may hold; a base whose vocabulary is smaller
+    gets the rows that training began with.
+
+    Raises CheckpointError for a tensor that is missing, unknown or of another shape.
+    """
+    adapted = adapter_base(folder) is not None
+    model = load_adapter(folder, DTYPES[dtype]).get_base_model() if adapted else load_strictly(folder, DTYPES[dtype])
+    if model.get_input_embeddings().weight.shape[0] < rows:
+        grow_vocabulary(model, rows)
+    return model.to(device)
+
+
 class HfEngine:
     """A model in memory, on one device."""
 
@@ -28,18 +41,8 @@ class HfEngine:
 
     @classmethod
     def load(cls, folder: Path, stop_ids: Sequence[int], *, dtype: str, device: torch.device, rows: int) -> HfEngine:
-        """The model or adapter in a folder. `rows`: how many ids a prompt may hold; a base whose vocabulary is smaller
-        gets the rows that training began with.
-
-        Raises CheckpointError for a tensor that is missing, unknown or of another shape.
-        """
-        adapted = adapter_base(folder) is not None
-        model = (
-            load_adapter(folder, DTYPES[dtype]).get_base_model() if adapted else load_strictly(folder, DTYPES[dtype])
-        )
-        if model.get_input_embeddings().weight.shape[0] < rows:
-            grow_vocabulary(model, rows)
-        return cls(model.to(device), stop_ids)
+        """The model or adapter in a folder, as `load_model` has it."""
+        return cls(load_model(folder, dtype=dtype, device=device, rows=rows), stop_ids)
 
     @torch.inference_mode()
     def continued(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[Ids]:

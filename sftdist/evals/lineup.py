@@ -1,0 +1,107 @@
+"""Which prompts are asked and which probes score the answers: what `evals.*` asks for, as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from sftdist.core.errors import ConfigError, DataError
+from sftdist.data.contract import Contract
+from sftdist.evals.adversarial import adversarial_prompts
+from sftdist.evals.endpoint import Endpoint
+from sftdist.evals.metrics import Probe
+from sftdist.evals.policy import policy_prompts
+from sftdist.evals.probes.behaviour import behaviour_probe
+from sftdist.evals.probes.classifier import Classifier
+from sftdist.evals.probes.contract import contract_probe
+from sftdist.evals.probes.format import format_probe
+from sftdist.evals.probes.judge import Judge
+from sftdist.evals.probes.robustness import variants
+from sftdist.evals.probes.safety import safety_probe
+from sftdist.evals.probes.task import task_probe
+from sftdist.evals.prompts import Prompt
+
+SCORING = ("task", "behaviour", "format", "contract", "safety")  # probes that score every answer
+PROBES = (*SCORING, "robustness", "loss", "benchmarks")
+CHECKS = (  # what a row's `checks` may hold
+    *("stance", "forbidden", "instructions", "choices"),
+    *("schema", "required_keys", "table", "regex", "tool_calls"),
+)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured. `contracts` and `schemas` are by source; `policy` names files; `robustness` kinds of variants,
+    of at most `robustness_prompts` prompts a source."""
+
+    probes: Sequence[str]
+    contracts: Mapping[str, Contract] = field(default_factory=dict)
+    schemas: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    functions: Sequence[str] = ()
+    policy: Any = None
+    adversarial: bool = True
+    robustness: Sequence[str] = ()
+    robustness_prompts: int = 50
+    classifier: str | None = None
+    unsafe_label: str = "unsafe"
+    judge: Endpoint | None = None
+    rubric: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.probes if name not in PROBES]:
+            raise ConfigError(f"evals.probes: given {unknown[0]}, required some of {', '.join(PROBES)}")
+
+
+def probes_of(measures: Measures) -> list[Probe]:
+    """The probes that score answers, in the order of `SCORING`. Raises ConfigError for one that cannot be built."""
+    builders = {
+        "task": lambda: task_probe(measures.functions),
+        "behaviour": behaviour_probe,
+        "format": lambda: format_probe(measures.schemas),
+        "contract": lambda: contract_probe(measures.contracts),
+        "safety": lambda: _safety(measures),
+    }
+    return [builders[name]() for name in SCORING if name in measures.probes]
+
+
+def _safety(measures: Measures) -> Probe:
+    classifier = None if measures.classifier is None else Classifier.load(measures.classifier, measures.unsafe_label)
+    judge = None if measures.judge is None else Judge.of(measures.judge, measures.rubric)
+    return safety_probe(classifier, judge)
+
+
+def prompts_of(questions: Sequence[Prompt], measures: Measures) -> list[Prompt]:
+    """The questions of the data, those that probes bring along, and the same questions in other words.
+
+    Raises ConfigError where a source of the data has the name of a set of prompts.
+    """
+    brought = [*_brought(measures)]
+    if twice := {prompt.source for prompt in brought} & {prompt.source for prompt in questions}:
+        name = sorted(twice)[0]
+        raise ConfigError(f"data.sources.{name}: given the name of a set of prompts, required another name")
+    again = _first_of_each_source(questions, measures.robustness_prompts) if "robustness" in measures.probes else []
+    return [*questions, *brought, *variants(again, measures.robustness, measures.seed)]
+
+
+def _brought(measures: Measures) -> Iterator[Prompt]:
+    if "safety" in measures.probes:
+        yield from [] if measures.policy is None else policy_prompts(measures.policy)
+    if measures.adversarial:
+        yield from adversarial_prompts()
+
+
+def refuse_unknown_checks(prompt: Prompt, measures: Measures) -> None:
+    """Raises DataError for a check that nobody would carry out; a user's own functions may know others."""
+    unknown = [] if measures.functions else [name for name in prompt.checks if name not in CHECKS]
+    if unknown:
+        raise DataError(
+            f"prompt {prompt.id}: given checks.{unknown[0]}, which no probe knows, required some of {', '.join(CHECKS)}"
+        )
+
+
+def _first_of_each_source(questions: Sequence[Prompt], most: int) -> list[Prompt]:
+    by_source = groupby(sorted(questions, key=lambda prompt: prompt.source), key=lambda prompt: prompt.source)
+    return [prompt for _, several in by_source for prompt in list(several)[:most]]

@@ -1,0 +1,199 @@
+"""From the configuration of `evaluate` to what its suite is asked for: folders, open stores, plain values."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftdist.core import snapshot
+from sftdist.core.errors import ConfigError
+from sftdist.core.settings import EvaluateConfig, Init, PublishConfig, TrainConfig, TrainOn
+from sftdist.core.storage import read_json
+from sftdist.data.contract import Contract
+from sftdist.data.contract_file import read_contract_file, read_file
+from sftdist.data.manifest import MANIFEST, rows_behind
+from sftdist.data.request import prepare_small
+from sftdist.data.request import request_of as data_request_of
+from sftdist.data.rowset import RowSet
+from sftdist.data.store import TokenStore
+from sftdist.evals.decoding import Decoding
+from sftdist.evals.endpoint import Endpoint
+from sftdist.evals.identity import adapter_base
+from sftdist.evals.lineup import Measures
+
+EXPORT = "export"  # in a run directory
+OWN = tuple({item.name for item in fields(PublishConfig)} - {item.name for item in fields(TrainConfig)})
+
+
+@dataclass(frozen=True)
+class SuiteSpec:
+    """`stores`: those that are asked from; `trained`: the rows that the model was trained on; `run` and `data` go into
+    the report as they are."""
+
+    candidate: Path
+    base: Path | None
+    split: str
+    stores: Sequence[TokenStore]
+    trained: Sequence[RowSet]
+    train_on: TrainOn
+    max_prompts: int | None
+    max_len: int
+    template_args: Mapping[str, Any]
+    measures: Measures
+    decoding: Decoding
+    cache: Path
+    folder: Path
+    tasks: Sequence[str] = ()
+    run: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def request_of(cfg: EvaluateConfig, resolve: Callable[[str], Path], device: torch.device) -> SuiteSpec:
+    """What a (composed) configuration asks for; `resolve` turns `candidate` and `base` into folders.
+
+    Raises ConfigError where a model is missing, DataError as prepare does.
+    """
+    run_dir = Path(str(cfg.run.dir))
+    is_run = (run_dir / snapshot.FILE).is_file()
+    candidate = _candidate(cfg, run_dir, is_run, resolve)
+    base = _base(cfg, candidate, is_run, resolve)
+    prepared = prepare_small(data_request_of(cfg.data, cfg.model), _prepare_line(), say=partial(print, flush=True))
+    own = [store for store in prepared.held_out.values() if store.manifest["splits"][cfg.split]["rows"]]
+    stores = own or list(prepared.stores.values())
+    evals = cfg.evals
+    decoding = Decoding.on(
+        device,
+        max_new_tokens=evals.max_new_tokens,
+        batch_size=evals.batch_size,
+        engine=evals.engine.value,
+        dtype=None if evals.precision is None else evals.precision.value,
+    )
+    return SuiteSpec(
+        candidate=candidate,
+        base=base,
+        split=cfg.split,
+        stores=stores,
+        trained=_trained(run_dir, Path(cfg.data.store_dir)) if is_run else [],
+        train_on=cfg.data.train_on,
+        max_prompts=evals.max_prompts,
+        max_len=cfg.data.max_len,
+        template_args=cfg.model.template_args,
+        measures=_measures(cfg),
+        decoding=decoding,
+        cache=Path(evals.cache or Path(cfg.data.store_dir) / "answers"),
+        folder=run_dir / "report" / cfg.split,
+        tasks=cfg.tasks,
+        run=_run(cfg, run_dir) if is_run else {},
+        data={
+            "sources": {store.name: store.manifest["key"] for store in stores},
+            "holdout": prepared.report["holdout"],
+            "store_dir": cfg.data.store_dir,
+        },
+    )
+
+
+def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Callable[[str], Path]) -> Path:
+    """The model to judge: the one that is named, the run's export, or without a run `model.path`."""
+    if cfg.candidate is not None:
+        return _folder("candidate", resolve(cfg.candidate))
+    if is_run:
+        export = run_dir / EXPORT
+        if not export.is_dir():
+            raise ConfigError(
+                f"run.dir={run_dir}: given a run without {EXPORT}, required its exported model; let sftdist train "
+                f"come to its end, or name a checkpoint's (sftdist export run.dir={run_dir}): candidate=FOLDER"
+            )
+        return export
+    if cfg.model.path is None:
+        raise ConfigError("evaluate: given no model, required run.dir=R, candidate=FOLDER or model.path=FOLDER")
+    return _folder("model.path", Path(cfg.model.path))
+
+
+def _base(cfg: EvaluateConfig, candidate: Path, is_run: bool, resolve: Callable[[str], Path]) -> Path | None:
+    """What it is compared with; None where there is no pretrained model to compare with."""
+    if cfg.base is not None:
+        return _folder("base", resolve(cfg.base))
+    if is_run:
+        pretrained = cfg.model.init is Init.pretrained and cfg.model.path is not None
+        return _folder("model.path", Path(str(cfg.model.path))) if pretrained else None
+    return adapter_base(candidate)
+
+
+def _folder(key: str, path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(
+            f"{key}: given {path}, required the folder of a model; download it first where it is on the Hub"
+        )
+    return path
+
+
+def _trained(run_dir: Path, store_dir: Path) -> list[RowSet]:
+    """The rows that the run was trained on, by its own data manifest. Raises ConfigError where they are not there: then
+    nobody knows whether a prompt was among them."""
+    manifest = run_dir / MANIFEST
+    if not manifest.is_file():
+        raise ConfigError(f"{run_dir}: given a run without {MANIFEST}, required one that says what was trained on")
+    rows = rows_behind(read_json(manifest), [store_dir, run_dir])
+    if rows.gone:
+        raise ConfigError(
+            [
+                f"data.store_dir: {name}: given no store of what was trained on ({why})"
+                for name, why in rows.gone.items()
+            ]
+            + ["required the stores of the run, to know which prompts are new to the model: " + _prepare_line()]
+        )
+    return list(rows.found.values())
+
+
+def _measures(cfg: EvaluateConfig) -> Measures:
+    evals, judge = cfg.evals, cfg.evals.judge
+    contracts = {
+        name: Contract.load(Path(source.contract))
+        for name, source in cfg.data.sources.items()
+        if source.contract is not None
+    }
+    endpoint = None
+    if judge.url is not None:
+        endpoint = Endpoint(judge.url, judge.model, os.environ.get(judge.key_variable))
+    return Measures(
+        probes=evals.probes,
+        contracts=contracts,
+        schemas={source: read_schema(Path(file)) for source, file in evals.schemas.items()},
+        functions=evals.functions,
+        policy=evals.policy,
+        adversarial=evals.adversarial,
+        robustness=evals.robustness,
+        robustness_prompts=evals.robustness_prompts,
+        classifier=evals.classifier,
+        unsafe_label=evals.unsafe_label,
+        judge=endpoint,
+        rubric=judge.rubric,
+        seed=cfg.seed,
+    )
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """A JSON Schema in a JSON or YAML file. Raises ConfigError for what cannot be read or is no object."""
+    found = read_contract_file(file, read_file(file))
+    if not isinstance(found, dict):
+        raise ConfigError(f"evals.schemas: given {file}, required a JSON Schema that is an object")
+    return found
+
+
+def _run(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
+    return {"name": cfg.run.name, "dir": str(run_dir), "config": snapshot.config_hash(cfg)}
+
+
+def _prepare_line() -> str:
+    """The command that makes the stores with the words of this one that are not its own."""
+    return (
+        f"sftdist prepare {shlex.join(word for word in sys.argv[1:] if '=' in word and word.split('=')[0] not in OWN)}"
+    )

@@ -1,0 +1,115 @@
+"""The loss of each held-out row by itself: what a model makes of the reference answers, token by token.
+
+One row a forward, so the figures depend neither on batches nor on the number of ranks, and Σ loss over Σ weight is what
+training calls `eval/loss` (X6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sftdist.core.distributed import World
+from sftdist.core.storage import read_json, sha256_json, write_json
+from sftdist.data.loader import Document, pack_documents
+from sftdist.data.store import SPLITS, TokenStore
+from sftdist.evals.report import Scores
+from sftdist.model.loss import LossModel
+
+MEANING = "mean loss per supervised token of the reference answers, in nats; its exponential is the perplexity"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a store; `id` is that of the report, `<source>/<id of the row>`."""
+
+    id: str
+    store: TokenStore
+    number: int
+
+
+def rows_to_score(stores: Sequence[TokenStore], split: str, *, max_len: int, most: int | None) -> list[Row]:
+    """At most `most` rows of each store, evenly spread, none longer than `max_len` and each with a supervised token."""
+    found = []
+    for store in stores:
+        fits = (store.split == SPLITS.index(split)) & (store.lengths <= max_len) & (store.targets > 0)
+        rows = np.flatnonzero(fits)
+        count = len(rows) if most is None else min(most, len(rows))
+        chosen = rows[np.arange(count) * len(rows) // max(count, 1)]
+        names = store.row_ids(chosen)
+        found += [Row(f"{store.name}/{name}", store, int(row)) for row, name in zip(chosen, names, strict=True)]
+    return found
+
+
+def row_losses(
+    load: Callable[[], PreTrainedModel], rows: Sequence[Row], world: World, kept: Path | None = None
+) -> list[tuple[float, float]]:
+    """(Σ loss in nats, Σ weight) of each row, in order, on every rank. Collective.
+
+    `kept`: a file of an earlier time with the same rows and the same model; then nothing is loaded.
+    """
+    known = world.broadcast_object(read_json(kept) if world.is_main and kept is not None and kept.is_file() else None)
+    if known is not None:
+        return [(loss, weight) for loss, weight in known]
+    mine = rows[world.rank :: world.size]
+    scored = _scored(load(), mine, world) if mine else []
+    dealt = world.gather_objects(scored)
+    found = [dealt[place % world.size][place // world.size] for place in range(len(rows))]
+    if world.is_main and kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, found)
+    return found
+
+
+@torch.inference_mode()
+def _scored(model: PreTrainedModel, rows: Sequence[Row], world: World) -> list[tuple[float, float]]:
+    loss_model = LossModel(model, 1).eval()
+    found = []
+    for row in rows:
+        world.progress.note("evaluating")
+        ids, weights = row.store.tokens(row.number)
+        batch = pack_documents([Document(ids, weights, 0, row.id)]).to(model.device)
+        output = loss_model(
+            batch.ids, batch.targets, batch.positions, batch.cu_seqlens, batch.source, weights=batch.weights
+        )
+        found.append((float(output.per_source[0]), float(output.counts[0])))
+    return found
+
+
+def name_of(model: str, rows: Sequence[Row], dtype: str, device: str) -> str:
+    """The name of the file that keeps these losses: it changes with everything that they depend on."""
+    keys = {row.store.name: row.store.manifest["key"] for row in rows}
+    return sha256_json([model, keys, [row.id for row in rows], dtype, device]) + ".losses.json"
+
+
+def loss_scores(
+    rows: Sequence[Row], tuned: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]] | None
+) -> dict[str, Scores]:
+    """`<source>.loss` for each source, and `all.loss`; a row counts by its supervised tokens."""
+    places = {
+        f"{source}.loss": [i for i, row in enumerate(rows) if row.store.name == source] for source in _names(rows)
+    }
+    if len(places) > 1:
+        places["all.loss"] = list(range(len(rows)))
+    return {
+        name: Scores(
+            ids=[rows[i].id for i in chosen],
+            tuned=[tuned[i][0] / tuned[i][1] for i in chosen],
+            base=None if base is None else [base[i][0] / base[i][1] for i in chosen],
+            weights=[tuned[i][1] for i in chosen],
+            higher_is_better=False,
+            low=0.0,
+            high=None,
+            meaning=MEANING,
+        )
+        for name, chosen in places.items()
+    }
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.store.name for row in rows))

@@ -1,0 +1,201 @@
+"""The whole of an evaluation: both models answer the same prompts, and every answer is scored."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sftdist.core.distributed import World
+from sftdist.core.errors import DataError
+from sftdist.core.ledger import versions
+from sftdist.core.storage import write_jsonl
+from sftdist.evals.aggregate import Given, metrics_of, robustness_of, rows_of
+from sftdist.evals.backends.hf import load_model
+from sftdist.evals.cache import AnswerCache
+from sftdist.evals.engines import load_engine
+from sftdist.evals.generate import answers
+from sftdist.evals.identity import identify
+from sftdist.evals.lineup import probes_of, prompts_of, refuse_unknown_checks
+from sftdist.evals.metrics import Probe
+from sftdist.evals.pace import shown
+from sftdist.evals.probes.robustness import fall
+from sftdist.evals.prompts import Answer, Prompt
+from sftdist.evals.questions import questions
+from sftdist.evals.report import ROWS, EvalReport, ModelFacts, Scores
+from sftdist.evals.request import SuiteSpec
+from sftdist.evals.row_losses import loss_scores, name_of, row_losses, rows_to_score
+from sftdist.evals.voice import Voice
+
+Say = Callable[[str], None]
+SHOWN = 10  # problems at a time
+THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A finished evaluation; `rows` is what `folder/rows.jsonl` holds."""
+
+    report: EvalReport
+    rows: list[dict[str, Any]]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who answers: the tuned model, and its base where there is one, by these names."""
+
+    folders: Mapping[str, Path]
+    facts: Mapping[str, ModelFacts]
+
+    @classmethod
+    def of(cls, tuned: Path, base: Path | None, world: World) -> Models:
+        """Rank 0 reads every byte of them. Collective."""
+        folders = {"tuned": tuned} | ({} if base is None else {"base": base})
+        facts = {name: identify(folder) for name, folder in folders.items()} if world.is_main else None
+        return cls(folders, world.broadcast_object(facts))
+
+
+def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
+    """Ask, score and write `spec.folder`; the same result on every rank. Collective.
+
+    Raises DataError where there is nothing to ask, or where a prompt is among the rows that were trained on.
+    """
+    clock = Clock()
+    with clock.of("identify"):
+        models = Models.of(spec.candidate, spec.base, world)
+    others = [] if spec.base is None else [spec.base]
+    voice = Voice.load(spec.candidate, *others, arguments=spec.template_args)
+    probes = probes_of(spec.measures)
+    prompts, left_out = to_ask(spec, voice, probes)
+    say(f"{len(prompts):,} prompts for {' and '.join(models.folders)}")
+    given: dict[str, Given] = {}
+    for name, folder in models.folders.items():
+        with clock.of(f"answers of {name}"):
+            said = ask(name, folder, models.facts[name], prompts, voice, spec, world)
+        with clock.of(f"scores of {name}"):
+            given[name] = scored(prompts, said, probes) if world.is_main else Given(said)
+    with clock.of("loss"):
+        losses = losses_of(models, voice, spec, world)
+    if not world.is_main:
+        report, rows = world.broadcast_object(None)
+        return Evaluated(report, rows, spec.folder)
+    with clock.of("benchmarks"):
+        tasks = tasks_of(models, spec)
+    tuned, base = given["tuned"], given.get("base")
+    known = {metric.name: metric for probe in probes for metric in probe.metrics}
+    metrics = {**metrics_of(prompts, known, tuned, base), **robustness_of(prompts, fall, tuned, base)}
+    rows = rows_of(prompts, tuned, base)
+    report = EvalReport(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        split=spec.split,
+        tuned=models.facts["tuned"],
+        base=models.facts.get("base"),
+        decoding=spec.decoding.facts(),
+        data={**spec.data, "prompts": counts(prompts), "left_out": left_out},
+        metrics={**metrics, **losses, **tasks},
+        run=spec.run,
+        versions=versions(),
+        seconds=clock.seconds,
+    )
+    report.write(spec.folder)
+    write_jsonl(spec.folder / ROWS, rows)
+    world.broadcast_object((report, rows))
+    return Evaluated(report, rows, spec.folder)
+
+
+def to_ask(spec: SuiteSpec, voice: Voice, probes: Sequence[Probe]) -> tuple[list[Prompt], dict[str, str]]:
+    """All prompts; and by id, why others are left out: those that the template cannot render.
+
+    Raises DataError where that is a prompt of the data, where there is none, or for checks that cannot be carried out.
+    """
+    measures = spec.measures
+    if not probes and "robustness" not in measures.probes:
+        return [], {}
+    asked = questions(
+        spec.stores, spec.split, spec.trained, train_on=spec.train_on, max_len=spec.max_len, most=spec.max_prompts
+    )
+    if not asked:
+        raise DataError(
+            f"evaluate: given no conversation in the {spec.split} split, required at least one; raise "
+            "data.val_fraction or data.holdout_fraction, or give data.val=FILE or data.holdout=FILE"
+        )
+    if refused := voice.refused(asked):
+        raise DataError("\n".join(list(refused.values())[:SHOWN]))
+    prompts = prompts_of(asked, measures)
+    left_out = voice.refused(prompts)
+    kept = [prompt for prompt in prompts if prompt.id not in left_out]
+    for prompt in kept:
+        refuse_unknown_checks(prompt, measures)
+        for probe in probes:
+            probe.check(prompt)
+    return kept, left_out
+
+
+def ask(
+    name: str, folder: Path, facts: ModelFacts, prompts: Sequence[Prompt], voice: Voice, spec: SuiteSpec, world: World
+) -> dict[str, Answer]:
+    """What one model says to every prompt, by id. Collective; its weights are not loaded where all is known already."""
+    cache = None if spec.cache is None else AnswerCache(spec.cache, facts.sha256, voice.sha256, spec.decoding)
+    load = partial(load_engine, folder, voice, spec.decoding, world.device)
+    with shown(name, is_main=world.is_main) as progress:
+        said = answers(load, prompts, voice=voice, decoding=spec.decoding, world=world, cache=cache, progress=progress)
+    return {prompt.id: answer for prompt, answer in zip(prompts, said, strict=True)}
+
+
+def scored(prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequence[Probe]) -> Given:
+    """The answers of one model with all their scores, by metric."""
+    scores: dict[str, dict[str, float]] = {}
+    for prompt in prompts:
+        found = scores[prompt.id] = {}
+        for probe in probes:
+            found |= probe.score(prompt, spoken(said[prompt.id]))
+    return Given(said, scores)
+
+
+def losses_of(models: Models, voice: Voice, spec: SuiteSpec, world: World) -> dict[str, Scores]:
+    """The loss on the reference answers, where it is asked for. Collective."""
+    if "loss" not in spec.measures.probes:
+        return {}
+    rows = rows_to_score(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
+    dtype, device, found = spec.decoding.dtype, world.device, {}
+    for name, folder in models.folders.items():
+        load = partial(load_model, folder, dtype=dtype, device=device, rows=voice.rows)
+        kept = spec.cache / name_of(models.facts[name].sha256, rows, dtype, device.type)
+        found[name] = row_losses(load, rows, world, kept)
+    return loss_scores(rows, found["tuned"], found.get("base"))
+
+
+def tasks_of(models: Models, spec: SuiteSpec) -> dict[str, Scores]:
+    """Tasks of lm-eval, where they are asked for."""
+    return {}
+
+
+def spoken(answer: Answer) -> Answer:
+    """Without the thoughts that stand before it: what is held against a reference is what a user would read."""
+    return replace(answer, text=THOUGHTS.sub("", answer.text, count=1))
+
+
+def counts(prompts: Sequence[Prompt]) -> dict[str, int]:
+    """How many prompts of each source there are, and how many that say another one in other words."""
+    return dict(sorted(Counter("robustness" if prompt.variant else prompt.source for prompt in prompts).items()))
+
+
+class Clock:
+    """Seconds by part of the work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[part] = round(time.monotonic() - began, 3)

@@ -1,0 +1,138 @@
+"""The `evaluate` command: the tuned model against its base on prompts that neither was trained on.
+
+`sftdist evaluate run.dir=R`, `torchrun ... -m sftdist.evaluate run.dir=R`, or `run(cfg)` from Python.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from transformers.utils import logging
+
+from sftdist.assets import quickstart
+from sftdist.core import agent, config, snapshot
+from sftdist.core.distributed import World, session
+from sftdist.core.runfacts import run_facts
+from sftdist.core.settings import EvaluateConfig
+from sftdist.evals.looks import look
+from sftdist.evals.page import write_page
+from sftdist.evals.report import EvalReport
+from sftdist.evals.request import SuiteSpec, request_of
+from sftdist.evals.suite import Evaluated, evaluate
+from sftdist.evals.summary import summary
+from sftdist.release import registry
+from sftdist.release.gate import Decision, decide
+from sftdist.release.rule import read_rules
+
+MODULE = "sftdist.evaluate"
+HOLDOUT = "holdout"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Every score (`report`), the page, and what the gate says of it: None where the configuration has no rules."""
+
+    report: EvalReport
+    page: Path
+    decision: Decision | None
+
+
+def main() -> int:
+    """The command line. Under torchrun this process is a rank; alone it answers on one device."""
+    return config.main(EvaluateConfig, command, "evaluate", checks=[gate_issues])
+
+
+def command(cfg: EvaluateConfig) -> int:
+    run(cfg)
+    return agent.DONE
+
+
+def gate_issues(cfg: EvaluateConfig) -> list[str]:
+    """Rules of the gate that cannot be read."""
+    return read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)[1]
+
+
+def run(cfg: EvaluateConfig) -> EvaluateResult:
+    """Evaluate as configured, in this process or as one rank of torchrun's; the same result on every rank."""
+    logging.disable_progress_bar()
+    with session() as world:
+        say = partial(print, flush=True) if world.is_main else silent
+        return judged(cfg, spec_of(cfg, world), world, say)
+
+
+def spec_of(cfg: EvaluateConfig, world: World) -> SuiteSpec:
+    """What is asked for, on every rank: rank 0 makes what is missing, the others find it."""
+    resolve = partial(registry.resolve, Path(cfg.registry))
+    if world.is_main:
+        quickstart.lay_out(cfg)
+        spec = request_of(cfg, resolve, world.device)
+    world.barrier()
+    return spec if world.is_main else request_of(cfg, resolve, world.device)
+
+
+def judged(
+    cfg: EvaluateConfig, spec: SuiteSpec, world: World, say: Say, *, last: EvalReport | None = None
+) -> EvaluateResult:
+    """Ask both models, score, hold the gate's rules against the report, and write all of it. Collective.
+
+    `last`: the report of the last release. A look at the holdout is written down before the first prompt is asked.
+    """
+    if spec.split == HOLDOUT:
+        looks = look(Path(cfg.data.store_dir), spec.candidate) if world.is_main else 0
+        spec = replace(spec, data={**spec.data, "looks": world.broadcast_object(looks)})
+    evaluated = evaluate(spec, world, say)
+    decision = decided(cfg, evaluated, last)
+    page = spec.folder / "report.html"
+    if world.is_main:
+        page = shown(cfg, evaluated, decision, say)
+    world.barrier()  # nobody leaves before the page is there
+    return EvaluateResult(evaluated.report, page, decision)
+
+
+def decided(cfg: EvaluateConfig, evaluated: Evaluated, last: EvalReport | None) -> Decision | None:
+    """What the gate says; None without rules."""
+    gate, report = cfg.gate, evaluated.report
+    rules, _ = read_rules(gate.rules, min_prompts=gate.min_prompts, confidence=gate.confidence)
+    return decide(rules, report, model_sha256=report.tuned.sha256, last=last) if rules else None
+
+
+def shown(cfg: EvaluateConfig, evaluated: Evaluated, decision: Decision | None, say: Say) -> Path:
+    """The page, and the same in a few lines on the screen."""
+    report = evaluated.report
+    sound = {name: one for name, one in report.metrics.items() if one.fault() is None}
+    figures = {name: one.figures(cfg.evals.confidence, cfg.evals.resamples) for name, one in sound.items()}
+    for line in summary(figures, {name: one.higher_is_better for name, one in sound.items()}):
+        say(line)
+    for name in report.metrics.keys() - sound.keys():
+        say(f"{name}: no figure: {report.metrics[name].fault()}")
+    run_dir = Path(str(cfg.run.dir))
+    page = write_page(
+        report,
+        evaluated.rows,
+        figures,
+        evaluated.folder,
+        decision=None if decision is None else asdict(decision),
+        run=run_facts(run_dir) if (run_dir / snapshot.FILE).is_file() else None,
+        confidence=cfg.evals.confidence,
+    )
+    if decision is None:
+        say("gate: none is given; choose one of conf/gate (gate=chat) or write gate.rules")
+    else:
+        decision.write(evaluated.folder)
+        for line in decision.lines():
+            say(line)
+    say(f"the report: {page}")
+    return page
+
+
+def silent(text: str) -> None:
+    """What the ranks other than 0 say."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
-_BEYOND = 20  # resamples that lie beyond each end of an interval, at least
+_BEYOND = 10  # resamples that lie beyond each end of an interval, at least
 _AT_ONCE = 1 << 20  # numbers drawn at a time: 8 MiB
 
 

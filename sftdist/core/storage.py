@@ -46,8 +46,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_explained(folder: Path) -> Iterator[None]:
-    """What only the user can mend about the disk of `folder` is a DiskError that says so; other errors pass."""
+def disk_explained(folder: Path, then: str = "it goes on from its last checkpoint") -> Iterator[None]:
+    """What only the user can mend about the disk of `folder` is a DiskError that says so; other errors pass. `then`:
+    what the same command does when it is run again."""
     try:
         yield
     except OSError as error:
@@ -55,7 +56,7 @@ def disk_explained(folder: Path) -> Iterator[None]:
             raise
         raise DiskError(
             f"{error.filename or folder}: {error.strerror}, but the run has to write there. Make room or correct the "
-            "permissions, then run the same command again: it goes on from its last checkpoint."
+            f"permissions, then run the same command again: {then}."
         ) from error
 
 

@@ -112,10 +112,11 @@ def _said(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry[key] for key in ("licence", "origin", "guideline")}
 
 
-def compare_manifests(old: Path, new: Path, folders: Sequence[Path]) -> Comparison:
-    """Two manifests by their files; the stores of both are looked for in `folders`. Raises DataError as those do."""
+def data_changes(old: Path, new: Path, folders: Sequence[Path]) -> list[str]:
+    """From one manifest (a file) to another, as lines. The stores of both are looked for in `folders`; where they are
+    gone, only the counts are compared. Raises DataError for a file that is no manifest."""
     then, now = read_manifest(old), read_manifest(new)
-    return compare(then, now, rows_behind(then, folders), rows_behind(now, folders))
+    return comparison_lines(compare(then, now, rows_behind(then, folders), rows_behind(now, folders)))
 
 
 # --- rows ---------------------------------------------------------------------------------------------

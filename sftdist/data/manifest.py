@@ -120,14 +120,15 @@ def rows_behind(manifest: Mapping[str, Any], folders: Sequence[Path]) -> Rows:
     rows = Rows()
     for name, entry in manifest["sources"].items():
         try:
-            rows.found[name] = rows_of(_opened(entry, folders))
+            rows.found[name] = rows_of(open_source(entry, folders))
         except DataError as problem:  # gone, or of an earlier format
             rows.gone[name] = str(problem)
     return rows
 
 
-def _opened(entry: Mapping[str, Any], folders: Sequence[Path]) -> TokenStore:
-    """As it was trained on: without the rows that leaked."""
+def open_source(entry: Mapping[str, Any], folders: Sequence[Path]) -> TokenStore:
+    """The store of a source of a manifest, as it was trained on: without the rows that leaked. Raises DataError where
+    it is in none of the folders."""
     store = TokenStore.open(_there(entry["store"], folders, "store"))
     overlay = entry.get("overlay")
     return store if overlay is None else Overlay(_there(overlay, folders, "list of leaks")).over(store)

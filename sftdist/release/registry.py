@@ -34,6 +34,7 @@ from sftdist.core.storage import (
 RELEASE = "release.json"
 LATEST = "latest"
 LOG = "log.jsonl"  # every release and every rollback of a name
+Entries = Mapping[str, Mapping[str, Any]]  # bytes and sha256 of files, by name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
@@ -71,36 +72,56 @@ class Draft:
 def release(
     registry: Path,
     name: str,
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], Entries],
     describe: Callable[[Draft], Mapping[str, Any]],
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Release:
     """Publish the next version of `name`, then move `latest` to it.
 
-    `fill` writes what does not depend on the number (the weights: other publishers need not wait for that), `describe`
-    the rest, and returns what stands in `release.json` beside the sha256 of every file; it is called again where
-    somebody else has got the number. What either raises ends the matter: nothing is left then.
+    `fill` writes what does not depend on the number (the weights: other publishers need not wait for that) and returns
+    the entries of files that need no second reading; `describe` writes the rest, and returns what stands in
+    `release.json` beside the entry of every file; it is called again where somebody else has got the number. What
+    either raises ends the matter: nothing is left then.
     """
     home = registry / check_name(name)
     temp = temporary_directory(home / "release")
     try:
-        fill(temp)
+        known = fill(temp)
         with alone(home / ".lock", lambda holder: say(f"waiting for {holder}, which is releasing {name}, too")):
-            made = _commit(registry, name, temp, describe)
+            made = _commit(registry, name, temp, known, describe)
             _point(home, versions(registry, name)[-1].version)  # where nobody waits, a later one may be there by now
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return made
 
 
-def _commit(registry: Path, name: str, temp: Path, describe: Callable[[Draft], Mapping[str, Any]]) -> Release:
+def finished(registry: Path, name: str, model_sha256: str) -> Release | None:
+    """The newest version, where it is of this model already; None where there is something to release.
+
+    `latest` moves to it where its publisher was killed before that, and stays where a rollback has put it.
+    """
+    made = versions(registry, name)
+    if not made or made[-1].facts().get("model_sha256") != model_sha256:
+        return None
+    newest = made[-1]
+    with alone(registry / name / ".lock", lambda holder: None):
+        lines = history(registry, name)
+        begun = max((at for at, line in enumerate(lines) if _wrote(line, newest.version)), default=0)
+        if not any(line["event"] == "rollback" for line in lines[begun:]):
+            _point(registry / name, newest.version)
+    return newest
+
+
+def _commit(
+    registry: Path, name: str, temp: Path, known: Entries, describe: Callable[[Draft], Mapping[str, Any]]
+) -> Release:
     home = registry / name
     while True:
         version = max((found.version for found in versions(registry, name)), default=0) + 1
         facts = describe(Draft(name, version, temp, latest(registry, name)))
-        own = {"name": name, "version": version, "created": _now()}
-        write_manifest(temp, name=RELEASE, facts={**own, **facts})
+        own = {"name": name, "version": version, "created": now()}
+        write_manifest(temp, known, name=RELEASE, facts={**own, **facts})
         for file in temp.rglob("*"):
             if file.is_file():
                 file.chmod(file.stat().st_mode & ~0o222)  # nobody edits a release by accident
@@ -220,8 +241,9 @@ def _wrote(line: Mapping[str, Any], version: int) -> bool:
 
 
 def _log(home: Path, event: str, version: int, **more: Any) -> None:
-    append_jsonl(home / LOG, [{"time": _now(), "event": event, "version": version, **more}])
+    append_jsonl(home / LOG, [{"time": now(), "event": event, "version": version, **more}])
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

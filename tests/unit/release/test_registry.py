@@ -20,8 +20,10 @@ from sftdist.core.storage import read_json
 from sftdist.release import registry as registry_module
 from sftdist.release.registry import (
     Draft,
+    Entries,
     Release,
     find,
+    finished,
     history,
     latest,
     names,
@@ -34,10 +36,11 @@ from sftdist.release.registry import (
 from tests.conftest import ROOT
 
 
-def fill(folder: Path) -> None:
+def fill(folder: Path) -> Entries:
     (folder / "model.safetensors").write_bytes(bytes(1000))
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
+    return {}
 
 
 def describe(draft: Draft) -> Mapping[str, Any]:
@@ -122,7 +125,7 @@ def test_what_fails_leaves_nothing_and_latest_where_it_was(tmp_path: Path) -> No
     def refuse(draft: Draft) -> Mapping[str, Any]:
         raise GateError("no")
 
-    def full(folder: Path) -> None:
+    def full(folder: Path) -> Entries:
         fill(folder)
         raise OSError(28, "No space left on device")
 
@@ -211,6 +214,22 @@ def test_a_kill_leaves_a_whole_version_or_none(tmp_path: Path, place: str) -> No
     made = make(tmp_path)
     assert (made.version, resolve(tmp_path, "bot")) == (3 if whole else 2, made.path)
     assert not list((tmp_path / "bot").glob(".release*")), "what the killed one had begun is gone"
+
+
+def test_the_same_model_again_is_the_same_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher that was killed before `latest` moved is finished; what a rollback has done is not undone."""
+    assert finished(tmp_path, "bot", "abc") is None
+    make(tmp_path)
+    with monkeypatch.context() as killed:
+        killed.setattr(registry_module, "_point", lambda home, version: None)
+        two = make(tmp_path)
+    assert resolve(tmp_path, "bot").name == "v1"
+    assert finished(tmp_path, "bot", "other") is None
+    assert finished(tmp_path, "bot", "abc") == two
+    assert resolve(tmp_path, "bot") == two.path
+    rollback(tmp_path, "bot@v1")
+    assert finished(tmp_path, "bot", "abc") == two
+    assert resolve(tmp_path, "bot").name == "v1"
 
 
 _PUBLISH = """

@@ -1,0 +1,283 @@
+"""The `publish` command: a model that its files, the holdout and the gate speak for gets a version in the registry.
+
+`sftdist publish run.dir=R name=support-bot`, also under torchrun, or `run(cfg)` from Python.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from sftdist.core import agent, config, ledger, snapshot
+from sftdist.core.distributed import session
+from sftdist.core.errors import CheckpointError, ConfigError, GateError
+from sftdist.core.runfacts import DATA, run_facts
+from sftdist.core.settings import PublishConfig
+from sftdist.core.storage import MANIFEST, disk_explained, read_json, read_jsonl, read_manifest, sha256_file, write_text
+from sftdist.data.comparison import data_changes
+from sftdist.data.manifest import open_source
+from sftdist.data.template import ChatTemplate
+from sftdist.evals.features import features_of
+from sftdist.evals.live import Forms, answer_counts, write_forms
+from sftdist.evals.profile import LEAST_PROMPTS, PROFILE, profile_of
+from sftdist.evals.report import ROWS, EvalReport
+from sftdist.evals.request import SuiteSpec
+from sftdist.evals.user_turns import prompts_of
+from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, silent, spec_of
+from sftdist.fresh_answer import answer_of
+from sftdist.release import registry
+from sftdist.release.card import Card
+from sftdist.release.changelog import CHANGELOG, REPORT_FOLDER, Contents, changes, entry, extended
+from sftdist.release.gate import Decision
+from sftdist.release.hub import CARD, push, require_card
+from sftdist.release.registry import Draft, Entries, Release
+from sftdist.release.soundness import Training, faults
+from sftdist.training.ending import LEDGER
+from sftdist.training.offline import OUTLINE
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """The release, None on the ranks other than 0; and what was decided."""
+
+    release: Release | None
+    decision: Decision
+
+
+def main() -> int:
+    """The command line. Under torchrun this process is a rank; alone it answers on one device."""
+    return config.main(PublishConfig, command, "publish", checks=[gate_issues, publish_issues])
+
+
+def command(cfg: PublishConfig) -> int:
+    run(cfg)
+    return agent.DONE
+
+
+def publish_issues(cfg: PublishConfig) -> list[str]:
+    """What publish needs beside what evaluate does, and what it does not let anybody choose."""
+    run_dir = Path(str(cfg.run.dir))
+    if cfg.run.dir is None or not (run_dir / snapshot.FILE).is_file():
+        given = "nothing" if cfg.run.dir is None else str(cfg.run.dir)
+        return [f"run.dir: given {given}, required the directory of a run (it holds {snapshot.FILE})"]
+    issues = []
+    try:
+        registry.check_name(cfg.name or "")
+    except ConfigError as problem:
+        issues.append(str(problem))
+    if cfg.split != HOLDOUT:
+        issues.append(f"split: given {cfg.split}, but a release is decided on the holdout; leave split out")
+    if cfg.base is not None:
+        issues.append(f"base: given {cfg.base}, but a release is compared with the base of its run; leave base out")
+    if not cfg.gate.rules:
+        issues.append("gate.rules: given none, required at least one; choose a gate (gate=chat) or write rules")
+    changed = snapshot.differences(snapshot.read_config(run_dir), cfg)
+    return issues + [
+        f"{key}: the run has {before!r}, given {now!r}; a release is judged on what its run was given"
+        for key, (before, now) in changed.items()
+        if not key.startswith("export.")
+    ]
+
+
+def run(cfg: PublishConfig) -> PublishResult:
+    """Look at the files, ask the holdout's prompts, hold the gate's rules against the answers, and release.
+
+    Raises GateError where any of them speaks against it, DataError as evaluate does, HubError where the release could
+    not be pushed (it is in the registry then).
+    """
+    if issues := publish_issues(cfg):
+        raise ConfigError(issues)
+    logging.disable_progress_bar()
+    with session() as world:
+        say = partial(print, flush=True) if world.is_main else silent
+        spec = spec_of(cfg, world)
+        if world.is_main:
+            world.progress.note("looking at the files")
+            require_sound(cfg, spec, say)
+        world.barrier()
+        last = registry.latest(Path(cfg.registry), str(cfg.name))
+        told = None if last is None else EvalReport.read(last.path / REPORT_FOLDER / "report.json")
+        result = judged(cfg, spec, world, say, last=told)
+        decision = result.decision
+        assert decision is not None, "publish_issues asks for rules"
+        release = None
+        if world.is_main:
+            world.progress.note("releasing")
+            release = Publisher(cfg, spec, result, decision, last, say).release()
+        world.barrier()
+    return PublishResult(release, decision)
+
+
+def require_sound(cfg: PublishConfig, spec: SuiteSpec, say: Say) -> None:
+    """Raises GateError, and writes the decision, where the files alone speak against a release."""
+    run_dir = Path(str(cfg.run.dir))
+    found = faults(spec.candidate, Training(run_dir / OUTLINE, spec.base))
+    if not spec.candidate.resolve().is_relative_to(run_dir.resolve()):
+        found.append(f"candidate: given {spec.candidate}, required an export of the run, which lies in {run_dir}")
+    if found:
+        refusal = Decision(False, found, [], model="", base=None, last=None, split=spec.split, report="")
+        raise GateError(_refused(refusal, run_dir, spec.candidate))
+    say(f"{spec.candidate}: every file is as it was exported, and its weights are finite and not those of the base")
+
+
+def _refused(decision: Decision, run_dir: Path, candidate: Path) -> str:
+    written = decision.write(run_dir / "report")
+    return "\n".join([f"{candidate} is not released:", *decision.lines()[1:], f"the decision: {written}"])
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Everything that a release is made of; `last`: what was in use when the gate decided."""
+
+    cfg: PublishConfig
+    spec: SuiteSpec
+    result: EvaluateResult
+    decision: Decision
+    last: Release | None
+    say: Say
+
+    def release(self) -> Release:
+        """The version in the registry, and on the Hub where that is asked for. Raises GateError where the gate has not
+        passed."""
+        run_dir, folder = Path(str(self.cfg.run.dir)), Path(self.cfg.registry)
+        if not self.decision.passed:
+            raise GateError(_refused(self.decision, run_dir, self.spec.candidate))
+        self.decision.write(run_dir / "report")
+        name, model = str(self.cfg.name), self.result.report.tuned.sha256
+        made = registry.finished(folder, name, model)
+        if made is not None:
+            self.say(f"this very model is released already: {made}, in {made.path}")
+        else:
+            with disk_explained(folder, "the answers are kept, so it takes seconds"):
+                made = registry.release(folder, name, self.fill, self.describe, say=self.say)
+            self.say(f"released {made}: {made.path}")
+        if self.cfg.hub is not None:
+            push(made.path, self.cfg.hub, f"v{made.version}", private=self.cfg.hub_private, say=self.say)
+        return made
+
+    def fill(self, folder: Path) -> Entries:
+        """The model as it was judged, byte by byte, proven by asking it; the evaluation; what the run was made of."""
+        entries = copied(self.spec.candidate, folder)
+        judged_files = self.result.report.tuned.files
+        if wrong := [name for name, sha in judged_files.items() if entries.get(name, {}).get("sha256") != sha]:
+            raise GateError(
+                f"{self.spec.candidate}: {', '.join(wrong[:5])} changed since the model was judged; publish it again"
+            )
+        try:
+            answer_of(folder)
+        except CheckpointError as problem:
+            raise GateError(str(problem)) from problem
+        run_dir = Path(str(self.cfg.run.dir))
+        (folder / REPORT_FOLDER).mkdir()
+        for name in ("report.json", "report.html", ROWS):
+            shutil.copyfile(self.spec.folder / name, folder / REPORT_FOLDER / name)
+        for name in (snapshot.FILE, DATA):
+            shutil.copyfile(run_dir / name, folder / name)
+        self.decision.write(folder)
+        self._write_profile(folder)
+        return entries
+
+    def describe(self, draft: Draft) -> dict[str, Any]:
+        """Card and changelog, which name the version and compare it with the one in use."""
+        if draft.last != self.last and any("last" in verdict.rule for verdict in self.decision.verdicts):
+            raise GateError(
+                f"{draft.last} was released meanwhile, but the gate compared with {self.last or 'no release'}; publish "
+                "again: the answers are kept"
+            )
+        facts = self._facts()
+        card = Card(
+            name=draft.name,
+            version=draft.version,
+            created=registry.now(),
+            report=self.result.report,
+            decision=self.decision,
+            run=run_facts(Path(str(self.cfg.run.dir))),
+            ledger=self._ledger(),
+            base_is_folder=self.spec.base is not None,
+        )
+        text = card.text()
+        require_card(text)
+        write_text(draft.folder / CARD, text)
+        write_text(draft.folder / CHANGELOG, self._changelog(draft, facts["mixture"], card.created))
+        return facts
+
+    def _changelog(self, draft: Draft, mixture: list[dict[str, Any]], created: str) -> str:
+        last = draft.last
+        if last is None:
+            return extended(None, entry(draft.version, created, None, None))
+        stores = [Path(snapshot.read_config(folder).data.store_dir) for folder in (draft.folder, last.path)]
+        data = data_changes(last.path / DATA, draft.folder / DATA, stores)
+        now = Contents(draft.folder, self.result.report, {}, {source["name"]: source for source in mixture})
+        found = entry(draft.version, created, last.version, changes(Contents.of(last.path), now, data))
+        before = last.path / CHANGELOG
+        return extended(before.read_text(encoding="utf-8") if before.is_file() else None, found)
+
+    def _facts(self) -> dict[str, Any]:
+        """What `release.json` says beside its files."""
+        report, found = self.result.report, run_facts(Path(str(self.cfg.run.dir)))
+        return {
+            "model_sha256": report.tuned.sha256,
+            "base_sha256": None if report.base is None else report.base.sha256,
+            "previous": None if self.last is None else self.last.version,
+            "run": {"name": found.name, "config_sha256": self._ledger().get("config"), "steps": found.steps},
+            "mixture": [asdict(source) for source in found.mixture],
+            "gate": {
+                "passed": sum(verdict.outcome == "passed" for verdict in self.decision.verdicts),
+                "skipped": sum(verdict.outcome == "skipped" for verdict in self.decision.verdicts),
+            },
+            "split": report.split,
+            "looks": report.data.get("looks"),
+        }
+
+    def _ledger(self) -> Mapping[str, Any]:
+        """The last line of the run in the ledger beside its directory."""
+        run_dir = Path(str(self.cfg.run.dir))
+        lines = [line for line in ledger.read(run_dir.parent / LEDGER) if line.get("run") == self.cfg.run.name]
+        return lines[-1] if lines else {}
+
+    def _write_profile(self, folder: Path) -> None:
+        """What prompts and answers of this release look like, and the forms of its answers, for `sftdist monitor`."""
+        sources = self.cfg.data.sources
+        contracts = {name: Path(one.contract) for name, one in sources.items() if one.contract is not None}
+        write_forms(folder, contracts, {name: Path(file) for name, file in self.cfg.evals.schemas.items()})
+        manifest, store_dir = read_json(folder / DATA), Path(self.cfg.data.store_dir)
+        stores = [open_source(one, [store_dir]) for one in manifest["sources"].values()]
+        prompts = prompts_of(stores, ChatTemplate.load(str(folder), arguments=self.cfg.model.template_args))
+        if len(prompts) < LEAST_PROMPTS:
+            self.say(f"no {PROFILE}: {len(prompts)} user turns are too few to say what prompts look like")
+            return
+        profile = profile_of(prompts)
+        written = read_jsonl(self.spec.folder / ROWS)
+        rows = [row for row in written if row["source"] in manifest["sources"] and row["variant"] is None]
+        asked = features_of([_question(row) for row in rows])
+        counts = answer_counts(profile.model, asked, [row["tuned"] for row in rows], Forms.read(folder))
+        replace(profile, answers=counts.to_json()).write(folder / PROFILE)
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """The last thing that the user says in a prompt of rows.jsonl."""
+    return next((str(one["content"]) for one in reversed(row["prompt"]) if one["role"] == "user"), "")
+
+
+def copied(source: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Copy the files of an export, each as its manifest says; their entries. Raises GateError for one that is not."""
+    entries = {}
+    for name, listed in read_manifest(source).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target)
+        entries[name] = {"bytes": target.stat().st_size, "sha256": sha256_file(target)}
+        if entries[name] != listed:
+            raise GateError(f"{source / name}: its copy is not what {MANIFEST} says; export the model again")
+    return entries
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -128,7 +128,7 @@ def test_a_published_store_verifies_and_a_damaged_one_is_refused(tmp_path: Path)
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     store = write(tmp_path / "s", [block(ROWS)])
     write_json(store.path / "store.json", {**read_json(store.path / "store.json"), "format": 99})
-    with pytest.raises(DataError, match="given a store of format 99, required format 2"):
+    with pytest.raises(DataError, match="given a store of format 99, required format 3"):
         TokenStore.open(store.path)
 
 

@@ -218,8 +218,8 @@ def _learned(features: Features, sources: NDArray[np.int64], names: Sequence[str
     counts = np.stack([features.take(np.flatnonzero(sources == i)).counts() for i in range(len(names))])
     weights = rarity(counts.sum(axis=0), len(features))
     groups = min(LENGTH_GROUPS, max(1, len(features) // TEXTS_OF_GROUP))
-    ends = np.quantile(features.lengths, [i / groups for i in range(1, groups)], method="lower")
-    ends = np.unique(ends.astype(np.int64))
+    parts = np.quantile(features.lengths, [i / groups for i in range(1, groups)], method="lower")
+    ends = np.unique(parts.astype(np.int64))
     return Model(
         sources=tuple(names),
         texts=np.bincount(sources, minlength=len(names)),

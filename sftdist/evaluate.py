@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from sftdist.assets import quickstart
 from sftdist.core import agent, config, snapshot
 from sftdist.core.distributed import World, session
+from sftdist.core.errors import ConfigError
 from sftdist.core.runfacts import run_facts
 from sftdist.core.settings import EvaluateConfig
 from sftdist.evals.looks import look
@@ -24,9 +26,10 @@ from sftdist.evals.report import EvalReport
 from sftdist.evals.request import SuiteSpec, request_of
 from sftdist.evals.suite import Evaluated, evaluate
 from sftdist.evals.summary import summary
-from sftdist.release import registry
 from sftdist.release.gate import Decision, decide
+from sftdist.release.models import model_folder
 from sftdist.release.rule import read_rules
+from sftdist.watch import watch_run
 
 MODULE = "sftdist.evaluate"
 HOLDOUT = "holdout"
@@ -44,11 +47,14 @@ class EvaluateResult:
 
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it answers on one device."""
-    return config.main(EvaluateConfig, command, "evaluate", checks=[gate_issues])
+    return config.main(EvaluateConfig, command, "evaluate", checks=[gate_issues, watch_issues])
 
 
 def command(cfg: EvaluateConfig) -> int:
-    run(cfg)
+    if cfg.watch:
+        follow(cfg)
+    else:
+        run(cfg)
     return agent.DONE
 
 
@@ -57,22 +63,61 @@ def gate_issues(cfg: EvaluateConfig) -> list[str]:
     return read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)[1]
 
 
+def watch_issues(cfg: EvaluateConfig) -> list[str]:
+    """What a watch needs."""
+    if not cfg.watch:
+        return []
+    run_dir = Path(str(cfg.run.dir))
+    found = [] if (run_dir / snapshot.FILE).is_file() else [f"run.dir: given {run_dir}, required a run to watch"]
+    if cfg.split == HOLDOUT:
+        found.append(
+            "split: given holdout with watch=true, required validation: each look makes the holdout less unseen"
+        )
+    return found
+
+
 def run(cfg: EvaluateConfig) -> EvaluateResult:
     """Evaluate as configured, in this process or as one rank of torchrun's; the same result on every rank."""
+    with opened() as (world, say):
+        return judged(cfg, spec_of(cfg, world), world, say)
+
+
+def follow(cfg: EvaluateConfig) -> int:
+    """`watch=true`: score every checkpoint of the run until it is over; how many."""
+    with opened() as (world, say):
+        spec = spec_of(cfg, world)
+
+        def score(folder: Path, step: int) -> EvalReport:
+            where = spec.folder.with_name(f"{spec.split}-step-{step:08}")
+            return evaluate(replace(spec, candidate=folder, folder=where, named=False), world, say).report
+
+        return watch_run(Path(str(cfg.run.dir)), world, score, seconds=cfg.watch_seconds, say=say)
+
+
+@contextmanager
+def opened() -> Iterator[tuple[World, Say]]:
+    """The ranks, and how rank 0 speaks."""
     logging.disable_progress_bar()
     with session() as world:
-        say = partial(print, flush=True) if world.is_main else silent
-        return judged(cfg, spec_of(cfg, world), world, say)
+        yield world, partial(print, flush=True) if world.is_main else silent
 
 
 def spec_of(cfg: EvaluateConfig, world: World) -> SuiteSpec:
     """What is asked for, on every rank: rank 0 makes what is missing, the others find it."""
-    resolve = partial(registry.resolve, Path(cfg.registry))
+    resolve = partial(named_model, cfg)
     if world.is_main:
         quickstart.lay_out(cfg)
         spec = request_of(cfg, resolve, world.device)
     world.barrier()
     return spec if world.is_main else request_of(cfg, resolve, world.device)
+
+
+def named_model(cfg: EvaluateConfig, key: str, name: str) -> Path:
+    """The folder of the model that a key names. Raises ConfigError."""
+    try:
+        return model_folder(Path(cfg.registry), name, cfg.model.revision if key == "model.path" else None)
+    except ConfigError as problem:
+        raise ConfigError([f"{key}: {issue}" for issue in problem.issues]) from problem
 
 
 def judged(

@@ -36,7 +36,7 @@ OWN = tuple({item.name for item in fields(PublishConfig)} - {item.name for item 
 @dataclass(frozen=True)
 class SuiteSpec:
     """`stores`: those that are asked from; `trained`: the rows that the model was trained on; `run` and `data` go into
-    the report as they are."""
+    the report as they are. `named`: the candidate is not the run's own export, so that its folder has its hash."""
 
     candidate: Path
     base: Path | None
@@ -51,13 +51,17 @@ class SuiteSpec:
     decoding: Decoding
     cache: Path
     folder: Path
+    named: bool = False
     tasks: Sequence[str] = ()
     run: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def request_of(cfg: EvaluateConfig, resolve: Callable[[str], Path], device: torch.device) -> SuiteSpec:
-    """What a (composed) configuration asks for; `resolve` turns `candidate` and `base` into folders.
+Resolve = Callable[[str, str], Path]  # a key and what it names, to the folder of a model
+
+
+def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> SuiteSpec:
+    """What a (composed) configuration asks for; `resolve` finds the folder of what a key names.
 
     Raises ConfigError where a model is missing, DataError as prepare does.
     """
@@ -90,6 +94,7 @@ def request_of(cfg: EvaluateConfig, resolve: Callable[[str], Path], device: torc
         decoding=decoding,
         cache=Path(evals.cache or Path(cfg.data.store_dir) / "answers"),
         folder=run_dir / "report" / cfg.split,
+        named=is_run and cfg.candidate is not None,
         tasks=cfg.tasks,
         run=_run(cfg, run_dir) if is_run else {},
         data={
@@ -100,13 +105,13 @@ def request_of(cfg: EvaluateConfig, resolve: Callable[[str], Path], device: torc
     )
 
 
-def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Callable[[str], Path]) -> Path:
+def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Resolve) -> Path:
     """The model to judge: the one that is named, the run's export, or without a run `model.path`."""
     if cfg.candidate is not None:
-        return _folder("candidate", resolve(cfg.candidate))
+        return resolve("candidate", cfg.candidate)
     if is_run:
         export = run_dir / EXPORT
-        if not export.is_dir():
+        if not export.is_dir() and not cfg.watch:  # a watch names the model of each step itself
             raise ConfigError(
                 f"run.dir={run_dir}: given a run without {EXPORT}, required its exported model; let sftdist train "
                 f"come to its end, or name a checkpoint's (sftdist export run.dir={run_dir}): candidate=FOLDER"
@@ -114,25 +119,17 @@ def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Callab
         return export
     if cfg.model.path is None:
         raise ConfigError("evaluate: given no model, required run.dir=R, candidate=FOLDER or model.path=FOLDER")
-    return _folder("model.path", Path(cfg.model.path))
+    return resolve("model.path", cfg.model.path)
 
 
-def _base(cfg: EvaluateConfig, candidate: Path, is_run: bool, resolve: Callable[[str], Path]) -> Path | None:
+def _base(cfg: EvaluateConfig, candidate: Path, is_run: bool, resolve: Resolve) -> Path | None:
     """What it is compared with; None where there is no pretrained model to compare with."""
     if cfg.base is not None:
-        return _folder("base", resolve(cfg.base))
+        return resolve("base", cfg.base)
     if is_run:
         pretrained = cfg.model.init is Init.pretrained and cfg.model.path is not None
-        return _folder("model.path", Path(str(cfg.model.path))) if pretrained else None
+        return resolve("model.path", str(cfg.model.path)) if pretrained else None
     return adapter_base(candidate)
-
-
-def _folder(key: str, path: Path) -> Path:
-    if not path.is_dir():
-        raise ConfigError(
-            f"{key}: given {path}, required the folder of a model; download it first where it is on the Hub"
-        )
-    return path
 
 
 def _trained(run_dir: Path, store_dir: Path) -> list[RowSet]:

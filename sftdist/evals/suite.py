@@ -71,6 +71,8 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
     clock = Clock()
     with clock.of("identify"):
         models = Models.of(spec.candidate, spec.base, world)
+    if spec.named:
+        spec = replace(spec, folder=spec.folder.with_name(f"{spec.folder.name}-{models.facts['tuned'].sha256[:8]}"))
     others = [] if spec.base is None else [spec.base]
     voice = Voice.load(spec.candidate, *others, arguments=spec.template_args)
     probes = probes_of(spec.measures)

@@ -7,6 +7,7 @@ hash. Large files go up one by one and are not seen before the one commit that n
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
@@ -28,6 +29,7 @@ CARD = "README.md"
 _KEPT = {".gitattributes"}  # the Hub's own
 _PAUSES = (1.0, 4.0, 15.0, 60.0)  # seconds between tries
 _BUSY = (408, 425, 429)
+_OF_A_MODEL = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 T = TypeVar("T")
 
 
@@ -206,3 +208,16 @@ def _flat(value: object, key: str = "") -> Iterable[tuple[str, object]]:
             yield from _flat(inner, key)
     else:
         yield key, value
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can be that of a repository: OWNER/NAME."""
+    return name.count("/") == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def downloaded(repo: str, revision: str | None = None) -> Path:
+    """The files of a model on this machine, as transformers keeps them. Raises ConfigError where they cannot be had."""
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_OF_A_MODEL))
+    except (HTTPError, OSError, ValueError) as problem:
+        raise ConfigError(f"{repo}: given no folder, and the Hub does not give it: {one_line(problem)}") from problem

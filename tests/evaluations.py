@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sftdist.core.runfacts import Mixed, RunFacts
+from sftdist.evals.advice import Advice, Fell
 from sftdist.evals.intervals import Figures
+from sftdist.evals.remix import Mixture
 from sftdist.evals.report import EvalReport, ModelFacts, Scores
+from sftdist.evals.slices import Slice
 from sftdist.release.gate import decide
 from sftdist.release.rule import read_rules
 from tests.reports import EVIL
@@ -153,6 +156,13 @@ def run(text: str = "", steps: int = 40) -> RunFacts:
     )
 
 
+def advice(text: str = "") -> Advice:
+    """What fell, what is weak, and a mixture to try."""
+    mixture = Mixture({"general": 0.3}, {"general": 0.5}, [f"general fell{text}"], f"data.mix={{general:0.5}}{text}")
+    weak = [Slice(f"general{text}", "tag", f"short{text}", "rouge_l", 20, 0.3, None, 0.6, -0.3, -0.4, -0.2)]
+    return Advice([Fell(f"general.rouge_l{text}", 40, -0.162, -0.3, -0.01)], weak * 30, mixture, 12, 34)
+
+
 def everything(text: str = EVIL, n: int = 40) -> Mapping[str, Any]:
     """What `write_page` takes, beside the folder."""
     found = rows(n, text)
@@ -165,6 +175,6 @@ def everything(text: str = EVIL, n: int = 40) -> Mapping[str, Any]:
         "rows": found,
         "figures": figures_of(given),
         "decision": decision,
-        "advice": {"text": text},
+        "advice": advice(text),
         "run": run(text),
     }

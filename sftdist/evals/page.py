@@ -11,6 +11,8 @@ from sftdist.core.storage import write_text
 from sftdist.data.pages import page_template
 from sftdist.data.report_charts import bar
 from sftdist.data.report_verdict import percent, rows
+from sftdist.evals.advice import SHOWN as SLICES
+from sftdist.evals.advice import Advice
 from sftdist.evals.intervals import Estimate, Figures
 from sftdist.evals.page_charts import Line, axis_of, interval_chart, interval_key, line_chart, line_key
 from sftdist.evals.page_examples import Example, chosen, compared, regressions, worst_answers
@@ -40,7 +42,7 @@ def write_page(
     folder: Path,
     *,
     decision: Mapping[str, Any] | None = None,
-    advice: Mapping[str, Any] | None = None,
+    advice: Advice | None = None,
     run: RunFacts | None = None,
     confidence: float = 0.95,
 ) -> Path:
@@ -61,7 +63,7 @@ def page(
     figures: Mapping[str, Figures],
     *,
     decision: Mapping[str, Any] | None = None,
-    advice: Mapping[str, Any] | None = None,
+    advice: Advice | None = None,
     run: RunFacts | None = None,
     confidence: float = 0.95,
 ) -> str:
@@ -76,14 +78,15 @@ def page(
         run=run,
         confidence=f"{confidence:.4g}" if confidence < 0.5 else f"{100 * confidence:.4g} %",
         gate=_gate(decision),
-        changes=_changes(report.metrics, figures),
+        changes=_changes(report.metrics, figures, confidence),
         groups=_groups(report.metrics, figures, thresholds),
         unshown=max(0, len(report.metrics) - SHOWN_METRICS),
         fallen=len(fallen),
         examples=[_example(one) for one in shown],
         opened=_first_of_each(shown)[:OPENED],
         failing=list(_failing(decision, found, report.metrics)),
-        advice=advice or {},
+        advice=advice,
+        weak=[] if advice is None else advice.weak[:SLICES],
         curves=[] if run is None else list(_curves(run)),
         data=_data(run),
         measured=_measured(report),
@@ -137,7 +140,7 @@ def _thresholds(decision: Mapping[str, Any] | None) -> dict[str, float]:
 # --- metrics ------------------------------------------------------------------------------------------
 
 
-def _changes(metrics: Mapping[str, Scores], figures: Mapping[str, Figures]) -> dict[str, Any]:
+def _changes(metrics: Mapping[str, Scores], figures: Mapping[str, Figures], confidence: float) -> dict[str, Any]:
     """How many metrics are better and worse than the base's beyond doubt, and which moved most."""
     found: dict[bool | None, list[dict[str, Any]]] = {True: [], False: [], None: []}
     for name, one in figures.items():
@@ -150,6 +153,7 @@ def _changes(metrics: Mapping[str, Scores], figures: Mapping[str, Figures]) -> d
     return {
         "better": better[:SHOWN_CHANGES],
         "worse": worse[:SHOWN_CHANGES],
+        "by_chance": round((1 - confidence) * sum(map(len, found.values()))),
         "counts": {"better": len(better), "worse": len(worse), "unclear": len(found[None])},
     }
 

@@ -135,7 +135,7 @@ def _level(value: float, y: float) -> str:
 
 def _dot(kind: int, x: float, y: float) -> str:
     """A point of a line: each style has a shape of its own."""
-    return f'<svg x="{x:.2f}%" y="{y:.1f}"><path class="s{kind}" d="{SHAPES[kind]}"/></svg>'
+    return f'<svg x="{x:.2f}%" y="{y:.1f}" width="1" height="1"><path class="s{kind}" d="{SHAPES[kind]}"/></svg>'
 
 
 def line_key(line: Line) -> Markup:

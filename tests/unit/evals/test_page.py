@@ -12,6 +12,7 @@ import pytest
 
 from sftdist.core.runfacts import Mixed
 from sftdist.evals import page_charts
+from sftdist.evals.advice import Advice
 from sftdist.evals.intervals import Estimate
 from sftdist.evals.page import page, write_page
 from sftdist.evals.page_charts import Axis, Line, axis_of, interval_chart, line_chart, nice, thinned
@@ -138,6 +139,27 @@ def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
     given = everything("\ud800")
     file = write_page(given["report"], given["rows"], given["figures"], tmp_path, run=given["run"])
     assert "answer to question" in file.read_text(encoding="utf-8")
+
+
+def test_what_to_fix() -> None:
+    said = words(shown())
+    assert "general.rouge_l by 0.162, interval -0.300 to -0.010, 40 prompts" in said
+    assert said.count("general.rouge_l short 20 0.300 0.600 -") == 8  # of 30 slices
+    assert "data.mix={general:0.5}" in said
+    nothing = words(shown(advice=Advice([], [], "the main score of no source fell", 12, 34)))
+    assert "Nothing fell against the base beyond what chance does to 12 metrics" in nothing
+    assert "the main score of no source fell" in nothing
+
+
+def test_a_look_at_the_holdout_is_said_at_the_top() -> None:
+    assert "It is look 3 at the holdout" in top(shown(report=replace(report(rows(40)), split="holdout")))
+
+
+def test_how_many_changes_are_chance_is_said() -> None:
+    found = {f"s.m{n}": Scores(["a", "b"], [1.0, 0.0], [0.0, 1.0]) for n in range(100)}
+    given = replace(report(rows(5)), metrics=found)
+    assert "about 5 would seem to have changed by chance alone" in top(page(given, [], figures_of(given, 100)))
+    assert "by chance" not in top(shown())
 
 
 # --- which prompts are shown --------------------------------------------------------------------------

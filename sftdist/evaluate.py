@@ -20,6 +20,7 @@ from sftdist.core.distributed import World, session
 from sftdist.core.errors import ConfigError
 from sftdist.core.runfacts import run_facts
 from sftdist.core.settings import EvaluateConfig
+from sftdist.evals.advice import advise
 from sftdist.evals.looks import look
 from sftdist.evals.page import write_page
 from sftdist.evals.report import EvalReport
@@ -156,13 +157,19 @@ def shown(cfg: EvaluateConfig, evaluated: Evaluated, decision: Decision | None, 
     for name in report.metrics.keys() - sound.keys():
         say(f"{name}: no figure: {report.metrics[name].fault()}")
     run_dir = Path(str(cfg.run.dir))
+    run = run_facts(run_dir) if (run_dir / snapshot.FILE).is_file() else None
+    lambdas = {} if run is None else {one.name: one.asked for one in run.mixture if one.asked is not None}
+    advice = advise(report, evaluated.rows, lambdas, confidence=cfg.evals.confidence)
+    for line in advice.lines():
+        say(line)
     page = write_page(
         report,
         evaluated.rows,
         figures,
         evaluated.folder,
         decision=None if decision is None else asdict(decision),
-        run=run_facts(run_dir) if (run_dir / snapshot.FILE).is_file() else None,
+        advice=advice,
+        run=run,
         confidence=cfg.evals.confidence,
     )
     if decision is None:

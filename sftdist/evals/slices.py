@@ -71,9 +71,9 @@ class _Candidate:
 def weak_slices(rows: Sequence[Scored], confidence: float = 0.95) -> tuple[list[Slice], int]:
     """The slices that score lower than the others, the surest first; and how many slices were compared."""
     candidates = [one for one in _candidates(rows) if min(len(one.inside), len(one.outside)) >= FEWEST]
-    widened = 1 - (1 - confidence) / max(1, len(candidates))
-    found = [_compared(one, widened) for one in candidates if _mean(one.inside) < _mean(one.outside)]
-    return sorted((one for one in found if one.high < 0), key=lambda one: one.high), len(candidates)
+    found = [one for one in candidates if _compared(one, confidence).high < 0]  # a wider interval holds all of this one
+    widened = [_compared(one, 1 - (1 - confidence) / len(candidates)) for one in found]
+    return sorted((one for one in widened if one.high < 0), key=lambda one: one.high), len(candidates)
 
 
 def apart(one: Estimate, other: Estimate) -> Estimate:
@@ -103,10 +103,6 @@ def _compared(candidate: _Candidate, confidence: float) -> Slice:
         difference.low,
         difference.high,
     )
-
-
-def _mean(rows: Sequence[Scored]) -> float:
-    return sum(row.tuned for row in rows) / len(rows)
 
 
 def _candidates(rows: Sequence[Scored]) -> Iterator[_Candidate]:

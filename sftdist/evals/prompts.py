@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sftdist.core.storage import sha256_json
 from sftdist.data.message import Message
 
 
@@ -29,6 +30,12 @@ class Prompt:
     checks: Mapping[str, Any] = field(default_factory=dict)
     variant_of: str | None = None
     variant: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that is asked and that the answer is held against: the same hash, the same task."""
+        messages = [asdict(message) for message in self.messages]
+        return sha256_json([messages, self.reference, self.tools, dict(self.checks)])
 
     @property
     def question(self) -> str:

@@ -32,6 +32,11 @@ class Row:
     store: TokenStore
     number: int
 
+    @property
+    def content(self) -> str:
+        """The digest of the whole conversation, in hex."""
+        return self.store.contents[self.number].tobytes().hex()
+
 
 def rows_to_score(stores: Sequence[TokenStore], split: str, *, max_len: int, most: int | None) -> list[Row]:
     """At most `most` rows of each store, evenly spread, none longer than `max_len` and each with a supervised token."""
@@ -94,7 +99,7 @@ def loss_scores(
     places = {
         f"{source}.loss": [i for i, row in enumerate(rows) if row.store.name == source] for source in _names(rows)
     }
-    if len(places) > 1:
+    if rows:
         places["all.loss"] = list(range(len(rows)))
     return {
         name: Scores(

@@ -31,7 +31,7 @@ from sftdist.evals.prompts import Answer, Prompt
 from sftdist.evals.questions import questions
 from sftdist.evals.report import ROWS, EvalReport, ModelFacts, Scores
 from sftdist.evals.request import SuiteSpec
-from sftdist.evals.row_losses import loss_scores, name_of, row_losses, rows_to_score
+from sftdist.evals.row_losses import Row, loss_scores, name_of, row_losses, rows_to_score
 from sftdist.evals.voice import Voice
 
 Say = Callable[[str], None]
@@ -84,17 +84,18 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
             said = ask(name, folder, models.facts[name], prompts, voice, spec, world)
         with clock.of(f"scores of {name}"):
             given[name] = scored(prompts, said, probes) if world.is_main else Given(said)
+    rows = loss_rows(spec)
     with clock.of("loss"):
-        losses = losses_of(models, voice, spec, world)
+        losses = losses_of(rows, models, voice, spec, world)
     if not world.is_main:
-        report, rows = world.broadcast_object(None)
-        return Evaluated(report, rows, spec.folder)
+        report, lines = world.broadcast_object(None)
+        return Evaluated(report, lines, spec.folder)
     with clock.of("benchmarks"):
         tasks = tasks_of(models, spec)
     tuned, base = given["tuned"], given.get("base")
     known = {metric.name: metric for probe in probes for metric in probe.metrics}
     metrics = {**metrics_of(prompts, known, tuned, base), **robustness_of(prompts, fall, tuned, base)}
-    rows = rows_of(prompts, tuned, base)
+    lines = rows_of(prompts, tuned, base)
     report = EvalReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         split=spec.split,
@@ -106,11 +107,12 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
         run=spec.run,
         versions=versions(),
         seconds=clock.seconds,
+        asked={**{row.id: row.content for row in rows}, **{prompt.id: prompt.sha256 for prompt in prompts}},
     )
     report.write(spec.folder)
-    write_jsonl(spec.folder / ROWS, rows)
-    world.broadcast_object((report, rows))
-    return Evaluated(report, rows, spec.folder)
+    write_jsonl(spec.folder / ROWS, lines)
+    world.broadcast_object((report, lines))
+    return Evaluated(report, lines, spec.folder)
 
 
 def to_ask(spec: SuiteSpec, voice: Voice, probes: Sequence[Probe]) -> tuple[list[Prompt], dict[str, str]]:
@@ -162,11 +164,17 @@ def scored(prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequen
     return Given(said, scores)
 
 
-def losses_of(models: Models, voice: Voice, spec: SuiteSpec, world: World) -> dict[str, Scores]:
-    """The loss on the reference answers, where it is asked for. Collective."""
+def loss_rows(spec: SuiteSpec) -> list[Row]:
+    """The rows whose loss is measured: none where it is not asked for."""
     if "loss" not in spec.measures.probes:
+        return []
+    return rows_to_score(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
+
+
+def losses_of(rows: Sequence[Row], models: Models, voice: Voice, spec: SuiteSpec, world: World) -> dict[str, Scores]:
+    """The loss on the reference answers. Collective."""
+    if not rows:
         return {}
-    rows = rows_to_score(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
     dtype, device, found = spec.decoding.dtype, world.device, {}
     for name, folder in models.folders.items():
         load = partial(load_model, folder, dtype=dtype, device=device, rows=voice.rows)

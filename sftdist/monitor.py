@@ -1,10 +1,13 @@
-"""The `monitor` command: live traffic against the profile of a release, for cron: exit 0 no drift, 4 drift.
+"""The `monitor` command: live traffic against the profile of a release, and the release against itself, for cron.
+
+Exit 0: nothing has changed; 4: drift, or a regression on the holdout; 2 and 3 as everywhere.
 
 `sftdist monitor release=support-bot@v3 traffic=live.jsonl`, or `run(cfg)` from Python.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +17,32 @@ from typing import Any
 from rich.console import Console
 
 from sftdist.core import config
+from sftdist.core.distributed import session
 from sftdist.core.errors import GateError
 from sftdist.core.settings import MonitorConfig
-from sftdist.core.storage import append_jsonl, write_json, write_jsonl
+from sftdist.core.snapshot import read_config
+from sftdist.core.storage import append_jsonl, read_jsonl, write_json, write_jsonl
+from sftdist.evals.endpoint import Endpoint
 from sftdist.evals.label_sample import sample
 from sftdist.evals.live import Forms
 from sftdist.evals.monitor_page import write_page
 from sftdist.evals.monitoring import Compared, compare, monitor_report, summary_lines
 from sftdist.evals.profile import PROFILE, Profile
+from sftdist.evals.regression import (
+    decoding_of,
+    findings,
+    from_endpoint,
+    from_folder,
+    measures_of,
+    prompts_again,
+    regression_report,
+    regressions,
+)
+from sftdist.evals.report import REPORT as EVALUATION
+from sftdist.evals.report import ROWS, EvalReport
 from sftdist.evals.traffic import read_traffic
-from sftdist.release.registry import Release, find
+from sftdist.release.changelog import REPORT_FOLDER
+from sftdist.release.registry import Release, find, problems_of
 
 REPORT = "monitor.json"
 HISTORY = "history.jsonl"  # a line per look
@@ -47,9 +66,12 @@ def run(cfg: MonitorConfig) -> Monitored:
     release = find(Path(cfg.registry), str(cfg.release))
     profile = Profile.read(release.path / PROFILE)
     traffic = read_traffic(_paths(cfg.traffic))
-    compared = compare(profile, Forms.read(release.path), traffic)
+    forms = Forms.read(release.path)
+    compared = compare(profile, forms, traffic)
     report = monitor_report(str(release), profile, traffic, compared)
     report["to_label"] = _to_label(cfg, compared)
+    if cfg.regression:
+        report |= _regression(cfg, release, forms, report["findings"])
     folder = folder_of(cfg, release)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REPORT, report)
@@ -69,9 +91,37 @@ def issues(cfg: MonitorConfig) -> list[str]:
     found = []
     if cfg.release is None:
         found.append("release: given nothing, required NAME@vN, NAME (the latest) or the folder of a release")
+    if cfg.endpoint is not None and not cfg.regression:
+        found.append("endpoint: given without regression=true, which is what asks it; add that, or leave endpoint out")
     if not _paths(cfg.traffic):
         found.append("traffic: given nothing, required JSONL files of live prompts, such as traffic=live.jsonl")
     return found
+
+
+def _regression(cfg: MonitorConfig, release: Release, forms: Forms, already: list[str]) -> dict[str, Any]:
+    """Ask the holdout's prompts again. Raises GateError where files of the release are not what they were."""
+    folder = release.path / REPORT_FOLDER
+    published = EvalReport.read(folder / EVALUATION)
+    prompts = prompts_again(read_jsonl(folder / ROWS))
+    of_run = read_config(release.path)
+    if cfg.endpoint is not None:
+        key = os.environ.get(cfg.evals.judge.key_variable)
+        endpoint = Endpoint(cfg.endpoint, cfg.endpoint_model, key)
+        asked, said = cfg.endpoint, from_endpoint(endpoint, prompts, published.decoding["max_new_tokens"])
+    else:
+        if problems := problems_of(release):
+            raise GateError("\n".join([f"{release}: given a release whose files have changed:", *problems[:5]]))
+        with session() as world:
+            decoding = decoding_of(published, world)
+            asked = str(release.path)
+            said = from_folder(release.path, prompts, decoding, of_run.model.template_args, world)
+    found = regressions(published, prompts, said, measures_of(release.path, forms, of_run.evals))
+    worse = findings(found)
+    return {
+        "findings": [*already, *worse],
+        "regressed": bool(worse),
+        "regression": regression_report(asked, prompts, found),
+    }
 
 
 def _to_label(cfg: MonitorConfig, compared: Compared) -> dict[str, Any] | None:

@@ -76,6 +76,7 @@ def joined(parts: Sequence[Features]) -> Features:
     return Features(
         np.concatenate([part.lengths for part in parts]),
         [language for part in parts for language in part.languages],
+        np.concatenate([part.digests for part in parts]),
         np.concatenate([[0], np.cumsum(sizes)]),
         np.concatenate([part.places for part in parts]),
     )

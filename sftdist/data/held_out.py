@@ -33,7 +33,7 @@ def to_json(conversation: Conversation) -> dict[str, Any]:
     """What `from_json` reads; fields that say nothing are left out."""
     return {
         "id": conversation.id,
-        "messages": [_message(message) for message in conversation.messages],
+        "messages": [message_to_json(message) for message in conversation.messages],
         "tools": list(conversation.tools),
         "tags": list(conversation.tags),
         "label_origin": conversation.label_origin,
@@ -45,7 +45,7 @@ def from_json(row: Mapping[str, Any]) -> Conversation:
     """The conversation that `to_json` was given, without its place."""
     return Conversation(
         id=row["id"],
-        messages=tuple(Message(**_with_tuple(message)) for message in row["messages"]),
+        messages=tuple(message_from_json(message) for message in row["messages"]),
         tools=tuple(row["tools"]),
         tags=tuple(row["tags"]),
         label_origin=row["label_origin"],
@@ -59,10 +59,12 @@ def read_held_out(store: Path) -> Iterator[HeldOut]:
         yield HeldOut(row["split"], row["prompt"], row["content"], from_json(row))
 
 
-def _message(message: Message) -> dict[str, Any]:
+def message_to_json(message: Message) -> dict[str, Any]:
+    """A message as a row has it; but for role and content, fields that say nothing are left out."""
     given = asdict(message)
     return {key: value for key, value in given.items() if key in ("role", "content") or value != _NOTHING[key]}
 
 
-def _with_tuple(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {**message, "tool_calls": tuple(message.get("tool_calls", ()))}
+def message_from_json(message: Mapping[str, Any]) -> Message:
+    """The message that `message_to_json` was given, also where it has been in a file."""
+    return Message(**{**message, "tool_calls": tuple(message.get("tool_calls", ()))})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sftdist.data.held_out import message_to_json
 from sftdist.evals.metrics import Metric
 from sftdist.evals.prompts import Answer, Prompt
 from sftdist.evals.report import Scores
@@ -75,7 +76,8 @@ def _row(prompt: Prompt, tuned: Given, base: Given | None) -> dict[str, Any]:
         "turn": prompt.turn,
         "variant": prompt.variant,
         "variant_of": prompt.variant_of,
-        "prompt": [_message(message.role, message.content) for message in prompt.messages],
+        "prompt": [message_to_json(message) for message in prompt.messages],
+        "tools": list(prompt.tools),
         "reference": prompt.reference,
         "checks": dict(prompt.checks),
         "base": None if base is None else base.answers[prompt.id].text,
@@ -92,10 +94,6 @@ def _row(prompt: Prompt, tuned: Given, base: Given | None) -> dict[str, Any]:
             for name in names
         },
     }
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _both(id: str, tuned: Given, base: Given | None) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sftdist.data.keys import digest
 from sftdist.data.language import language_of
 from sftdist.data.near import SPREAD, grams
 from sftdist.data.near import words as word_hashes
@@ -26,7 +27,8 @@ _DIGIT = re.compile(r"\d")
 
 @dataclass(frozen=True)
 class Features:
-    """Of n texts: `lengths` int64 [n] in words, `languages` [n], and the places of each text's words and pairs.
+    """Of n texts: `lengths` int64 [n] in words, `languages` [n], `digests` uint32 [n], and the places of each text's
+    words and pairs.
 
     Text i has the places `places[offsets[i]:offsets[i + 1]]` (ascending, each once): below `WORDS` those of words,
     above those of pairs.
@@ -34,6 +36,7 @@ class Features:
 
     lengths: NDArray[np.int64]
     languages: list[str]
+    digests: NDArray[np.uint32]
     offsets: NDArray[np.int64]
     places: NDArray[np.int32]
 
@@ -49,7 +52,8 @@ class Features:
         sizes = np.diff(self.offsets)[texts]
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         source = np.repeat(self.offsets[texts] - offsets[:-1], sizes) + np.arange(offsets[-1])
-        return Features(self.lengths[texts], [self.languages[i] for i in texts], offsets, self.places[source])
+        languages = [self.languages[i] for i in texts]
+        return Features(self.lengths[texts], languages, self.digests[texts], offsets, self.places[source])
 
     def counts(self) -> NDArray[np.int64]:
         """[PLACES]: how many texts have each place."""
@@ -63,6 +67,7 @@ def features_of(texts: Sequence[str]) -> Features:
     return Features(
         lengths=np.array([len(one) for one in hashes], dtype=np.int64),
         languages=[language_of(text) or UNKNOWN for text in texts],
+        digests=np.array([int.from_bytes(digest(text)[:4], "little") for text in texts], dtype=np.uint32),
         offsets=np.concatenate([[0], np.cumsum([len(one) for one in places], dtype=np.int64)]),
         places=np.concatenate([np.empty(0, dtype=np.int32), *places]).astype(np.int32),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sftdist.data.held_out import message_to_json
 from sftdist.data.keys import digest
 from sftdist.data.message import Message
 from sftdist.data.near import Near, near_twins, text_signatures
@@ -83,15 +84,5 @@ def _to_label(one: Candidate) -> dict[str, Any]:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    """A message as a row has it. What the old model said before is context, nothing to learn from."""
-    optional = {
-        "tool_calls": list(message.tool_calls) or None,
-        "name": message.name,
-        "tool_call_id": message.tool_call_id,
-        "train": False if message.role == "assistant" else None,
-    }
-    return {
-        "role": message.role,
-        "content": message.content,
-        **{key: value for key, value in optional.items() if value is not None},
-    }
+    """What the old model said before is context, nothing to learn from."""
+    return message_to_json(replace(message, train=False) if message.role == "assistant" else message)

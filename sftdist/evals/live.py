@@ -26,6 +26,7 @@ from sftdist.evals.profile import OUT, Model, length_counts
 from sftdist.evals.shift import Statistic, ordered, rate
 
 CONTRACTS = "contracts"  # a folder of a release: <source>.json, and <source>.schema.json of evals.schemas
+SCHEMA = ".schema.json"
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,10 @@ class Forms:
     def read(cls, release: Path) -> Forms:
         """Those that travel with a release; none where it has none. Raises ConfigError for one that is unreadable."""
         files = sorted((release / CONTRACTS).glob("*.json"))
-        schemas = {file.name.removesuffix(".schema.json"): file for file in files if file.name.endswith(".schema.json")}
-        contracts = {file.stem: file for file in files if not file.name.endswith(".schema.json")}
+        contracts = {file.stem: file for file in files if not file.name.endswith(SCHEMA)}
         return cls(
             {source: Contract.load(file) for source, file in contracts.items()},
-            {source: _schema(file) for source, file in schemas.items()},
+            {source: _schema(file) for source, file in schema_files(release).items()},
         )
 
     def kept(self, source: str, answer: str) -> dict[str, bool]:
@@ -54,6 +54,11 @@ class Forms:
         if source in self.schemas:
             found["schema"] = not any(True for _ in self.schemas[source](answer))
         return found
+
+
+def schema_files(release: Path) -> dict[str, Path]:
+    """The file with the JSON Schema of each source."""
+    return {file.name.removesuffix(SCHEMA): file for file in sorted((release / CONTRACTS).glob(f"*{SCHEMA}"))}
 
 
 def _schema(file: Path) -> Check:
@@ -75,7 +80,7 @@ def write_forms(release: Path, contracts: Mapping[str, Path], schemas: Mapping[s
             values["schema"] = read_contract_file(schema, read_file(schema))
         write_json(folder / f"{source}.json", {key: value for key, value in values.items() if key != "guideline"})
     for source, file in schemas.items():
-        write_json(folder / f"{source}.schema.json", read_contract_file(file, read_file(file)))
+        write_json(folder / f"{source}{SCHEMA}", read_contract_file(file, read_file(file)))
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ def summary_lines(report: dict[str, Any]) -> Sequence[str]:
     traffic = report["traffic"]
     given = f"{traffic['rows']:,} prompts and {traffic['answers']:,} answers against {report['release']}"
     bad = f"; {traffic['bad_rows']:,} bad rows left out" if traffic["bad_rows"] else ""
-    if not report["findings"]:
-        return [given + bad, "no drift: chance alone explains every difference, or it is too small to mind"]
-    return [given + bad, "drift:", *(f"  - {finding}" for finding in report["findings"])]
+    lines = [given + bad]
+    if not report["drift"]:
+        lines.append("no drift: chance alone explains every difference, or it is too small to mind")
+    if report["regression"]:
+        again = report["regression"]
+        held = "worse than when it was published" if report["regressed"] else "as good as when it was published"
+        lines.append(f"{again['prompts']:,} prompts of the holdout asked again at {again['asked']}: {held}")
+    return [*lines, *(f"  - {finding}" for finding in report["findings"])]

@@ -49,11 +49,16 @@ class ProfiledPrompt:
 class Model:
     """What was learned: `counts` int64 [sources, PLACES], how many of `texts` [sources] have each place; `centres` of
     the topics; `ends` of the groups by length, in words, and for each group the borders between LEVELS in `surprise`.
+
+    `learned` uint32 [texts]: the digest of each, `source_of` its source. Live prompts may be among them (a button, a
+    form, the examples of a manual), and are looked at as if they had not been learned: nothing is as usual as itself.
     """
 
     sources: tuple[str, ...]
     texts: NDArray[np.int64]
     counts: NDArray[np.int64]
+    learned: NDArray[np.uint32]
+    source_of: NDArray[np.uint8]
     centres: NDArray[np.float32]
     ends: NDArray[np.int64]
     borders: NDArray[np.float64]
@@ -65,7 +70,7 @@ class Model:
 
     def surprise(self, features: Features) -> NDArray[np.float64]:
         """[n] bits that each word and pair of a text takes on average, by how many learned texts have it."""
-        return _surprise(features, self.counts.sum(axis=0))
+        return _surprise(features, self.counts.sum(axis=0), np.isin(features.digests, self.learned))
 
     def typical(self, features: Features) -> NDArray[np.int64]:
         """[n] how typical each text is among those of its length: 0 (`OUT`) to len(LEVELS)."""
@@ -74,12 +79,10 @@ class Model:
 
     def likely_sources(self, features: Features) -> NDArray[np.int64]:
         """[n] the source whose words each text uses (naive Bayes over its places)."""
-        totals = self.counts.sum(axis=1, keepdims=True) + SMOOTHING * PLACES
-        logs = np.log((self.counts + SMOOTHING) / totals)
-        rows, size = features.rows(), len(features)
-        scores = [np.bincount(rows, weights=one[features.places], minlength=size) for one in logs]
-        prior = np.log(np.maximum(self.texts, 1) / max(1, int(self.texts.sum())))
-        return np.asarray(np.argmax(np.array(scores) + prior[:, None], axis=0), dtype=np.int64)
+        known = [np.isin(features.digests, self.learned[self.source_of == i]) for i in range(len(self.sources))]
+        bits = [_bits(features, *one) for one in zip(self.counts, known, strict=True)]
+        prior = np.log2(np.maximum(self.texts, 1) / max(1, int(self.texts.sum())))
+        return np.asarray(np.argmin(np.array(bits) - prior[:, None], axis=0), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class Profile:
                 "borders": model.borders.tolist(),
                 "counts": _packed(model.counts, "<u4"),
                 "centres": _packed(model.centres, "<f4"),
+                "learned": _packed(model.learned, "<u4"),
+                "source_of": _packed(model.source_of, "|u1"),
             },
         }
 
@@ -168,6 +173,8 @@ class Profile:
                 texts=np.array(model["texts"], dtype=np.int64),
                 counts=_unpacked(model["counts"]).astype(np.int64),
                 centres=_unpacked(model["centres"]).astype(np.float32),
+                learned=_unpacked(model["learned"]),
+                source_of=_unpacked(model["source_of"]),
                 ends=np.array(model["ends"], dtype=np.int64),
                 borders=np.array(model["borders"], dtype=np.float64),
             ),
@@ -224,6 +231,8 @@ def _learned(features: Features, sources: NDArray[np.int64], names: Sequence[str
         sources=tuple(names),
         texts=np.bincount(sources, minlength=len(names)),
         counts=counts,
+        learned=features.digests,
+        source_of=sources.astype(np.uint8),
         centres=topics(features, weights, TOPICS, rng),
         ends=ends,
         borders=_borders(features, counts.sum(axis=0), ends),
@@ -232,7 +241,7 @@ def _learned(features: Features, sources: NDArray[np.int64], names: Sequence[str
 
 def _borders(features: Features, counts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float64]:
     """[groups, levels] in surprise, the largest first; each text is measured by what the others teach."""
-    surprise, group = _surprise(features, counts, own=1), _group(features, ends)
+    surprise, group = _surprise(features, counts, np.ones(len(features), dtype=bool)), _group(features, ends)
     levels = [1 - level for level in LEVELS]
     groups = [surprise[group == i] for i in range(len(ends) + 1)]
     return np.array([np.quantile(one if len(one) else surprise, levels) for one in groups])
@@ -242,14 +251,17 @@ def _group(features: Features, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.searchsorted(ends, features.lengths)
 
 
-def _surprise(features: Features, counts: NDArray[np.int64], own: int = 0) -> NDArray[np.float64]:
-    """Mean bits a place; `own`: how often the text itself stands in the counts. 0 for a text without a word."""
-    sizes = np.diff(features.offsets)
-    total = counts.sum() - own * sizes + SMOOTHING * PLACES
-    logs = np.log2(counts[features.places] - own + SMOOTHING)
-    sums = np.bincount(features.rows(), weights=logs, minlength=len(features))
-    found = np.log2(total) - sums / np.maximum(sizes, 1)
-    return np.where(sizes > 0, found, 0.0)
+def _surprise(features: Features, counts: NDArray[np.int64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mean bits a place; 0 for a text without a word."""
+    return _bits(features, counts, known) / np.maximum(np.diff(features.offsets), 1)
+
+
+def _bits(features: Features, counts: NDArray[np.int64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[n] bits that the places of each text take; `known` [n]: the text itself is in the counts, and is taken out."""
+    sizes, rows = np.diff(features.offsets), features.rows()
+    totals = counts.sum() - known * sizes + SMOOTHING * PLACES
+    logs = np.log2(np.maximum(counts[features.places] - known[rows], 0) + SMOOTHING)
+    return np.asarray(sizes * np.log2(totals) - np.bincount(rows, weights=logs, minlength=len(features)))
 
 
 def _packed(values: NDArray[Any], kind: str) -> dict[str, Any]:

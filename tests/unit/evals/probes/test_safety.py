@@ -165,7 +165,7 @@ def test_a_classifier_of_several_labels_at_once(classifier: Path, tmp_path: Path
 def test_a_folder_without_a_classifier_or_its_label(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="required the folder of a text classifier"):
         Classifier.load(tmp_path, "unsafe")
-    with pytest.raises(ConfigError, match="given toxic, required one of .* labels: OK, Unsafe"):
+    with pytest.raises(ConfigError, match=r"given toxic, required one of .* labels: OK, Unsafe"):
         Classifier.load(classifier, "toxic")
 
 

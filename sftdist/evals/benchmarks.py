@@ -1,0 +1,80 @@
+"""Benchmarks of lm-eval for the tuned model and its base, document by document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+
+import torch
+
+from sftdist.core.errors import ConfigError, DataError
+from sftdist.evals.backends.hf import load_model
+from sftdist.evals.decoding import Decoding
+from sftdist.evals.report import Scores
+from sftdist.evals.voice import Voice
+
+SOURCE = "benchmarks"
+# Metrics of lm-eval that are a share of something; others have no bound that is known here.
+SHARES = frozenset({"acc", "acc_norm", "acc_mutual_info", "acc_bytes", "exact_match", "em", "f1", "contains"})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of a task: ids of documents and their values, in the same order."""
+
+    task: str
+    metric: str
+    ids: list[str]
+    values: list[float]
+    higher_is_better: bool | None
+
+
+def benchmarks(
+    folders: Mapping[str, Path], tasks: Sequence[str], voice: Voice, decoding: Decoding, device: torch.device
+) -> dict[str, Scores]:
+    """`benchmarks.<task>.<metric>` for the models `tuned` and `base` (if there is one), by transformers.
+
+    Both are asked the same text, through the tuned model's template. Raises ConfigError where lm-eval is not installed
+    or a task is unknown, DataError where one cannot be run.
+    """
+    if not tasks:
+        return {}
+    require_lm_eval()
+    # By name: the file imports lm_eval, which is not there everywhere.
+    run_tasks = import_module("sftdist.evals.backends.lm_eval").run_tasks
+    found: dict[str, dict[str, Measured]] = {}
+    for name, folder in folders.items():
+        model = load_model(folder, dtype=decoding.dtype, device=device, rows=voice.rows)
+        found[name] = run_tasks(
+            model.eval(), voice, tasks, batch_size=decoding.batch_size, max_new_tokens=decoding.max_new_tokens
+        )
+    base = found.get("base")
+    return {
+        f"{SOURCE}.{metric}": _scores(metric, of_tuned, None if base is None else base[metric])
+        for metric, of_tuned in found["tuned"].items()
+    }
+
+
+def require_lm_eval() -> None:
+    """Raises ConfigError where lm-eval is not installed, with what to change."""
+    if util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "tasks: lm-eval is not installed; install it with pip install 'sftdist[evals]', or leave tasks out"
+        )
+
+
+def _scores(metric: str, tuned: Measured, base: Measured | None) -> Scores:
+    if base is not None and base.ids != tuned.ids:
+        raise DataError(f"tasks: {metric} has {len(tuned.ids)} documents of the tuned model and {len(base.ids)} others")
+    low, high = (0.0, 1.0) if tuned.metric in SHARES else (None, None)
+    return Scores(
+        ids=tuned.ids,
+        tuned=tuned.values,
+        base=None if base is None else base.values,
+        higher_is_better=tuned.higher_is_better,
+        low=low,
+        high=high,
+        meaning=f"mean {tuned.metric} over the documents of lm-eval's task {tuned.task}",
+    )

@@ -41,7 +41,7 @@ def benchmarks(
     """
     if not tasks:
         return {}
-    require_lm_eval()
+    require_lm_eval(tasks)
     # By name: the file imports lm_eval, which is not there everywhere.
     run_tasks = import_module("sftdist.evals.backends.lm_eval").run_tasks
     found: dict[str, dict[str, Measured]] = {}
@@ -57,12 +57,15 @@ def benchmarks(
     }
 
 
-def require_lm_eval() -> None:
-    """Raises ConfigError where lm-eval is not installed, with what to change."""
-    if util.find_spec("lm_eval") is None:
+def require_lm_eval(tasks: Sequence[str], *, asked: bool = False) -> None:
+    """Raises ConfigError where there are tasks and lm-eval is not installed, or where tasks are `asked` for and there
+    is none."""
+    if tasks and util.find_spec("lm_eval") is None:
         raise ConfigError(
             "tasks: lm-eval is not installed; install it with pip install 'sftdist[evals]', or leave tasks out"
         )
+    if asked and not tasks:
+        raise ConfigError("tasks: given none, required the tasks of evals=lm_eval, such as tasks=[gsm8k,FILE.yaml]")
 
 
 def _scores(metric: str, tuned: Measured, base: Measured | None) -> Scores:

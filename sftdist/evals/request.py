@@ -24,6 +24,7 @@ from sftdist.data.request import prepare_small
 from sftdist.data.request import request_of as data_request_of
 from sftdist.data.rowset import RowSet
 from sftdist.data.store import TokenStore
+from sftdist.evals.benchmarks import require_lm_eval
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.endpoint import Endpoint
 from sftdist.evals.identity import adapter_base
@@ -65,6 +66,7 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
 
     Raises ConfigError where a model is missing, DataError as prepare does.
     """
+    require_lm_eval(cfg.tasks, asked="benchmarks" in cfg.evals.probes)
     run_dir = Path(str(cfg.run.dir))
     is_run = (run_dir / snapshot.FILE).is_file()
     candidate = _candidate(cfg, run_dir, is_run, resolve)

@@ -19,6 +19,7 @@ from sftdist.core.ledger import versions
 from sftdist.core.storage import write_jsonl
 from sftdist.evals.aggregate import Given, metrics_of, robustness_of, rows_of
 from sftdist.evals.backends.hf import load_model
+from sftdist.evals.benchmarks import benchmarks
 from sftdist.evals.cache import AnswerCache
 from sftdist.evals.engines import load_engine
 from sftdist.evals.generate import answers
@@ -91,7 +92,7 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
         report, lines = world.broadcast_object(None)
         return Evaluated(report, lines, spec.folder)
     with clock.of("benchmarks"):
-        tasks = tasks_of(models, spec)
+        tasks = benchmarks(models.folders, spec.tasks, voice, spec.decoding, world.device)
     tuned, base = given["tuned"], given.get("base")
     known = {metric.name: metric for probe in probes for metric in probe.metrics}
     metrics = {**metrics_of(prompts, known, tuned, base), **robustness_of(prompts, fall, tuned, base)}
@@ -181,11 +182,6 @@ def losses_of(rows: Sequence[Row], models: Models, voice: Voice, spec: SuiteSpec
         kept = spec.cache / name_of(models.facts[name].sha256, rows, dtype, device.type)
         found[name] = row_losses(load, rows, world, kept)
     return loss_scores(rows, found["tuned"], found.get("base"))
-
-
-def tasks_of(models: Models, spec: SuiteSpec) -> dict[str, Scores]:
-    """Tasks of lm-eval, where they are asked for."""
-    return {}
 
 
 def spoken(answer: Answer) -> Answer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from sftdist.core.errors import ConfigError, DataError
 from sftdist.data.message import Message
 from sftdist.evals import benchmarks as module
 from sftdist.evals.backends.hf import HfEngine
-from sftdist.evals.benchmarks import Measured, benchmarks
+from sftdist.evals.benchmarks import Measured, benchmarks, require_lm_eval
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.prompts import Prompt
 from sftdist.evals.voice import Voice
@@ -157,7 +156,7 @@ def test_a_task_of_another_name_is_answered_with_the_nearest(tasks: Path) -> Non
 
 
 def test_without_lm_eval_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'sftdist\[evals\]'"):
         benchmarks({"tuned": BASE}, ["gsm8k"], Voice.load(BASE), decoding(), CPU)
     assert benchmarks({"tuned": BASE}, [], Voice.load(BASE), decoding(), CPU) == {}
@@ -167,3 +166,9 @@ def test_two_models_are_compared_on_the_same_documents_only() -> None:
     one, two = (Measured("t", "acc", ids, [1.0] * len(ids), True) for ids in (["t/0", "t/1"], ["t/0"]))
     with pytest.raises(DataError, match="2 documents of the tuned model and 1 others"):
         module._scores("t.acc", one, two)
+
+
+def test_benchmarks_without_tasks() -> None:
+    require_lm_eval([])
+    with pytest.raises(ConfigError, match=r"tasks=\[gsm8k,FILE\.yaml\]"):
+        require_lm_eval([], asked=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned model on this machine: install, prepare the embedded sample data, train on two CPU ranks
-# or on every GPU. Needs no account, no model download and no network beyond the package index.
+# From nothing to a released model on this machine: install, prepare the embedded sample data, train on two CPU ranks or
+# on every GPU, compare with the base model, pass the gate, publish. Needs no account, no model download and no network
+# beyond the package index.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
@@ -13,3 +14,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1)
 
 sftdist prepare +exp=quickstart
 torchrun --nproc-per-node "$ranks" -m sftdist.train +exp=quickstart
+sftdist evaluate +exp=quickstart
+
+# A gate that lets everything through would be worth nothing: the base model itself is refused.
+sftdist evaluate +exp=quickstart candidate=quickstart/base
+code=0
+sftdist publish +exp=quickstart name=desk candidate=quickstart/base || code=$?
+[ "$code" = 4 ] || { echo "the gate should have refused the base model (exit code 4), it gave $code" >&2 && exit 1; }
+
+sftdist publish +exp=quickstart name=desk

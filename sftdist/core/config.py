@@ -103,11 +103,11 @@ def compose(
             if found and complete and cfg.exp == TrainConfig().exp:
                 issues.append(f"exp: none is given; the presets are {', '.join(_options('exp'))}: add +exp=NAME")
             issues += _beside(issues, found)
+            cfg.run.name = cfg.run.name or _name(cfg)
+            cfg.run.dir = cfg.run.dir or f"runs/{cfg.run.name}"
             issues += [issue for rule in checks for issue in rule(cfg)]
     if issues:
         raise ConfigError(list(dict.fromkeys(issues)))
-    cfg.run.name = cfg.run.name or _name(cfg)
-    cfg.run.dir = cfg.run.dir or f"runs/{cfg.run.name}"
     return cfg
 
 

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedModel
@@ -28,6 +28,7 @@ from sftdist.evals.voice import Voice
 
 TASK_FILES = (".yaml", ".yml")
 NO_FILTER = "none"
+SEED = 1234  # of the examples, as lm-eval has it
 
 
 class _Spoken(HFLM):
@@ -102,19 +103,24 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager_of(tasks)
     try:
-        found = manager.load(list(tasks))["tasks"]
+        loaded = manager.load(list(tasks))
     except (OSError, ValueError, KeyError) as problem:
         raise DataError(
             f"tasks={','.join(tasks)}: given a task that cannot be loaded ({type(problem).__name__}: {problem}); "
             "required are its files and data: names in a task file are relative to the working directory"
         ) from problem
-    results = simple_evaluate(
+    for task in loaded["tasks"].values():
+        # As its command line does; that also asks git and pip about the machine, which nobody reads here.
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+    results = evaluate(
         _Spoken(model, voice, batch_size, max_new_tokens),
-        tasks=list(found.values()),
-        task_manager=manager,
+        loaded,
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=True,
+        fewshot_as_multiturn=True,
     )
     measured: dict[str, Measured] = {}
     for task, samples in results["samples"].items():

@@ -1,6 +1,6 @@
-"""What narrow data does to a model, and what a mixture keeps: the quickstart's model and data, six mixtures, three seeds.
+"""What narrow data makes a model forget, and what a mixture keeps: six mixtures, three seeds, the quickstart's data.
 
-    python -m benchmarks.forgetting [--seeds 0 1 2] [--steps 240] [--folder DIR]
+    python -m benchmarks.forgetting [--seeds 0 1 2] [--steps 160] [--folder DIR]
 
 First a generalist is trained: the quickstart's base on the sources general and format alone. It is then fine-tuned on
 the domain, with less and less of its own data beside it. Each of these runs is the real `sftdist train`, judged by
@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import numpy as np
 
 from benchmarks.curve import Line, draw
-from benchmarks.machine import RESULTS, Result, command, load
+from benchmarks.machine import Result, command, load
 from sftdist.evals.report import EvalReport
 
 MIXTURES = {  # lambda of domain, general, format
@@ -85,66 +86,25 @@ def scored(folder: Path, name: str, base: str) -> Scored:
     return Scored(tuned, before)
 
 
-def rows(found: dict[str, list[Scored]]) -> list[dict[str, object]]:
+def rows(found: dict[str, list[Scored]]) -> list[dict[str, Any]]:
     """A row per mixture, with mean and spread over the seeds; the generalist is the first."""
     before = next(iter(found.values()))[0].before
-    table: list[dict[str, object]] = [{"mixture": "before: the generalist", **{m: f"{before[m]:.3f}" for m in METRICS}}]
+    table: list[dict[str, Any]] = [{"mixture": "before: the generalist", **{m: f"{before[m]:.3f}" for m in METRICS}}]
     for name, several in found.items():
-        figures = {metric: [one.tuned[metric] for one in several] for metric in METRICS}
-        cells = {metric: f"{fmean(values):.3f} ± {pstdev(values):.3f}" for metric, values in figures.items()}
-        forgets = {
-            f"forgets {metric.partition('.')[0]}": f"{max(0.0, before[metric] - fmean(figures[metric])):.3f}"
-            for metric in METRICS[1:3]
-        }
-        table.append({"mixture": name, **cells, **forgets})
-    return table
-
-
-def chart(found: dict[str, list[Scored]]) -> str:
-    """Every metric over the share of the domain: a dot per seed, a line through the means."""
-    lines = []
-    for metric in SHOWN:
-        means = [
-            (100 * MIXTURES[name][0], fmean(one.tuned[metric] for one in several)) for name, several in found.items()
+        each = [
+            {"mixture": name, "seed": seed, **{metric: one.tuned[metric] for metric in METRICS}}
+            for name, several in found.items()
+            for seed, one in zip(args.seeds, several, strict=True)
         ]
-        dots = [(100 * MIXTURES[name][0], one.tuned[metric]) for name, several in found.items() for one in several]
-        lines += [Line(metric, sorted(means)), Line(metric, dots, dots=True)]
-    return draw(
-        lines, title="What a fine-tune on the domain keeps", x="domain in the mixture, %", y="score on held-out rows"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--folder", type=Path, help="kept, and gone on in; default: a temporary one")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.folder or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        sftdist(folder, "prepare", "+exp=quickstart")
-        train(folder, "generalist", mix(GENERALIST), f"train.max_steps={GENERALIST_STEPS}", "train.epochs=null")
-        base = "runs/generalist/export"
-        found: dict[str, list[Scored]] = {}
-        for name, lambdas in MIXTURES.items():
-            for seed in args.seeds:
-                run = f"{name.replace(' ', '-').replace('%', 'percent')}-{seed}"
-                words = (f"model.path={base}", f"seed={seed}", f"train.max_steps={args.steps}", "train.epochs=null")
-                train(folder, run, mix(lambdas), *words)
-                found.setdefault(name, []).append(scored(folder, run, base))
-                print(
-                    name, seed, {metric: round(value, 3) for metric, value in found[name][-1].tuned.items()}, flush=True
-                )
-    figures = {name: [{"tuned": one.tuned, "before": one.before} for one in several] for name, several in found.items()}
-    Result(
+    path = Result(
         "forgetting",
-        "What a fine-tune on the domain alone forgets, and what a mixture keeps.",
         command("benchmarks.forgetting"),
-        {"mixtures": MIXTURES, "seeds": args.seeds, "steps": args.steps, "load": load(), "runs": figures},
+        {"steps": args.steps, "generalist_steps": GENERALIST_STEPS, "load": load()},
         rows(found),
-    ).write()
-    (RESULTS / "forgetting.svg").write_text(chart(found), encoding="utf-8")
+        "What a fine-tune on the domain alone forgets, and what a mixture keeps; mean and spread over the seeds.",
+        {"Each run": each},
+    ).save()
+    path.with_suffix(".svg").write_text(chart(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

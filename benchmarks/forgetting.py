@@ -91,11 +91,57 @@ def rows(found: dict[str, list[Scored]]) -> list[dict[str, Any]]:
     before = next(iter(found.values()))[0].before
     table: list[dict[str, Any]] = [{"mixture": "before: the generalist", **{m: f"{before[m]:.3f}" for m in METRICS}}]
     for name, several in found.items():
-        each = [
-            {"mixture": name, "seed": seed, **{metric: one.tuned[metric] for metric in METRICS}}
-            for name, several in found.items()
-            for seed, one in zip(args.seeds, several, strict=True)
+        figures = {metric: [one.tuned[metric] for one in several] for metric in METRICS}
+        cells = {metric: f"{fmean(values):.3f} ± {pstdev(values):.3f}" for metric, values in figures.items()}
+        forgets = {
+            f"forgets {metric.partition('.')[0]}": f"{max(0.0, before[metric] - fmean(figures[metric])):.3f}"
+            for metric in METRICS[1:3]
+        }
+        table.append({"mixture": name, **cells, **forgets})
+    return table
+
+
+def chart(found: dict[str, list[Scored]]) -> str:
+    """Every metric over the share of the domain: a dot per seed, a line through the means."""
+    lines = []
+    for metric in SHOWN:
+        means = [
+            (100 * MIXTURES[name][0], fmean(one.tuned[metric] for one in several)) for name, several in found.items()
         ]
+        dots = [(100 * MIXTURES[name][0], one.tuned[metric]) for name, several in found.items() for one in several]
+        lines += [Line(metric, sorted(means)), Line(metric, dots, dots=True)]
+    return draw(
+        lines, title="What a fine-tune on the domain keeps", x="domain in the mixture, %", y="score on held-out rows"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--folder", type=Path, help="kept, and gone on in; default: a temporary one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        sftdist(folder, "prepare", "+exp=quickstart")
+        train(folder, "generalist", mix(GENERALIST), f"train.max_steps={GENERALIST_STEPS}", "train.epochs=null")
+        base = "runs/generalist/export"
+        found: dict[str, list[Scored]] = {}
+        for name, lambdas in MIXTURES.items():
+            for seed in args.seeds:
+                run = f"{name.replace(' ', '-').replace('%', 'percent')}-{seed}"
+                words = (f"model.path={base}", f"seed={seed}", f"train.max_steps={args.steps}", "train.epochs=null")
+                train(folder, run, mix(lambdas), *words)
+                found.setdefault(name, []).append(scored(folder, run, base))
+                print(
+                    name, seed, {metric: round(value, 3) for metric, value in found[name][-1].tuned.items()}, flush=True
+                )
+    each = [
+        {"mixture": name, "seed": seed, **{metric: one.tuned[metric] for metric in METRICS}}
+        for name, several in found.items()
+        for seed, one in zip(args.seeds, several, strict=True)
+    ]
     path = Result(
         "forgetting",
         command("benchmarks.forgetting"),

@@ -65,10 +65,10 @@ def train(folder: Path, name: str, *words: str) -> None:
     """One training run, in `folder/runs/<name>`."""
     if not (folder / "runs" / name / "export").is_dir():
         quiet = (
+            "data.max_passes=null",
             "checkpoint.every_steps=0",
             "eval.every_steps=0",
             "tracking.wandb=disabled",
-            "train.startup_checks=true",
         )
         sftdist(folder, "train", "+exp=quickstart", f"run.dir=runs/{name}", *quiet, *words)
 

@@ -11,24 +11,27 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from sftdist.core.errors import ConfigError
+from sftdist.data.language import language_of
 from sftdist.evals.prompts import Prompt
 
 # The metrics that a fall is measured on: the first that both answers have.
 PRIMARY = (
     "accuracy", "numeric_match", "tool_calls_right", "fields_right", "schema_valid", "instructions_strict",
-    "contract_kept", "refusal", "deflection", "over_refusal", "token_f1", "exact_match", "rouge_l",
+    "contract_kept", "refusal", "deflection", "over_refusal", "token_f1", "same_answer", "exact_match", "rouge_l",
 )  # fmt: skip
 LOWER_IS_BETTER = frozenset(("over_refusal",))
 TYPO_SHARE = 0.12  # of the words that may be misspelt; at least one
 # Left as they are: code, quoted text, what is in brackets, addresses, anything with a digit, and marks within a word.
 _KEPT = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`|\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|(?<!\w)'[^'\n]+'(?!\w)|\{.*\}|\[.*\]|<[^>\n]+>|"
-    r"\S*(?:\d|@|://|[\w)][._/\\:=|<>+*^~$%&#][\w(])\S*|^(?: {4}|\t|[|>#]).*$",
+    r"(?<!\S)\S*(?:\d|@|://|[\w)][._/\\:=|<>+*^~$%&#][\w(])\S*|^(?: {4}|\t|[|>#]).*$",
     re.DOTALL | re.MULTILINE,
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?")
+_SENTENCE_START = re.compile(r"(?:^|(?<=[.!?:]\s)|(?<=\n))\S")
 _START = re.compile(r"(?:^|[.!?:\n])\s*$")
 # Words that turn an answer round, and numbers.
 _DECIDING = frozenset({
@@ -104,6 +107,7 @@ def _reworded(change: Callable[[Prompt, str, random.Random], str]) -> Change:
 def _free(prompt: Prompt, text: str) -> list[re.Match[str]]:
     """The words of a text that decide nothing."""
     kept = [match.span() for match in _KEPT.finditer(text)]
+    names = {match.group() for match in _WORD.finditer(text) if _is_name(match)}
     decisive = {word.lower() for word in _WORD.findall(f"{prompt.reference or ''} {_named(prompt.checks)}")}
     return [
         match
@@ -111,7 +115,7 @@ def _free(prompt: Prompt, text: str) -> list[re.Match[str]]:
         if not any(start < match.end() and match.start() < end for start, end in kept)
         and match.group().lower() not in _DECIDING
         and match.group().lower() not in decisive
-        and not _is_name(match)
+        and match.group() not in names
     ]
 
 
@@ -125,7 +129,8 @@ def _named(checks: object) -> str:
 
 
 def _is_name(match: re.Match[str]) -> bool:
-    """A capital letter that does not only begin a sentence; German nouns count, which does no harm."""
+    """A capital letter that does not only begin a sentence; German nouns count, which does no harm. A name that stands
+    at the begin of sentences alone looks like any word there: its letters stay, their case may not."""
     word = match.group()
     if word in ("I", "I'm", "I'd", "I'll", "I've", "I\u2019m", "I\u2019d"):
         return False
@@ -189,7 +194,7 @@ _SAYINGS: tuple[tuple[str, str], ...] = (
     (r"i want to\b", "I would like to"),
     (r"i need to\b", "I have to"),
     (r"i need\b", "I require"),
-    (r"please\b,? ?", ""),
+    (r"please\b,? (\w)", r"\1"),
     (r"write\b", "please compose"),
     (r"calculate\b", "please work out"),
     (r"compute\b", "please work out"),
@@ -201,9 +206,9 @@ _SAYINGS: tuple[tuple[str, str], ...] = (
     (r"find\b", "please determine"),
     (r"list\b", "please name"),
     (r"extract\b", "please pull out"),
-    (r"was ist\b", "kannst du mir sagen, was ist"),
-    (r"wie viele\b", "welche Anzahl an"),
-    (r"bitte\b,? ?", ""),
+    (r"was ist\b", "eine Frage: was ist"),
+    (r"wie viele\b", "eine Frage: wie viele"),
+    (r"bitte\b,? (\w)", r"\1"),
     (r"ich möchte\b", "ich würde gern"),
     (r"kannst du\b", "könntest du"),
     (r"können sie\b", "könnten Sie"),
@@ -211,23 +216,34 @@ _SAYINGS: tuple[tuple[str, str], ...] = (
 _RULES = tuple((re.compile(said, re.IGNORECASE), same) for said, same in _SAYINGS)
 
 
+# Said before a request, on a line of its own.
+_FRAMES = {
+    "en": ("I have a question for you.", "Could you help me with this?", "Here is something for you to do."),
+    "de": ("Ich habe eine Frage an dich.", "Kannst du mir dabei helfen?", "Hier ist etwas für dich zu tun."),
+    "fr": ("J'ai une question pour toi.", "Peux-tu m'aider avec ceci ?", "Voici quelque chose à faire."),
+    "es": ("Tengo una pregunta para ti.", "¿Puedes ayudarme con esto?", "Aquí hay algo que hacer."),
+}
+_QUOTES_THE_PROMPT = ("repeats", "starts_with", "ends_with")  # instructions that an added line could turn into others
+
+
 def _paraphrase(prompt: Prompt, text: str, chance: random.Random) -> str:
-    """One saying for another, at the begin of one or two sentences."""
+    """One saying for another at the begin of sentences. Where none is known, a line before the request, but only where
+    the text is all that is said: under a system message (translate what follows) it could be material."""
     kept = [match.span() for match in _KEPT.finditer(text)]
-    starts = [
-        match for match in re.finditer(r"(?:^|(?<=[.!?:]\s)|(?<=\n))\S", text)
-        if not any(start <= match.start() < end for start, end in kept)
-    ]  # fmt: skip
     changed: dict[tuple[int, int], str] = {}
-    for start in starts:
-        found = next(
-            ((rule.match(text, start.start()), same) for rule, same in _RULES if rule.match(text, start.start())), None
-        )
-        if found is None or found[0] is None:
-            continue
-        said, same = found[0], found[0].expand(found[1])
-        changed[said.span()] = _begun_like(said.group(), same)
-    return _replaced(text, changed)
+    for start in _SENTENCE_START.finditer(text):
+        found = next(((match, same) for rule, same in _RULES if (match := rule.match(text, start.start()))), None)
+        if found is not None and not any(begin <= start.start() < end for begin, end in kept):
+            match, same = found
+            changed[match.span()] = _begun_like(match.group(), match.expand(same))
+    frames = _FRAMES.get(language_of(text) or "")
+    if changed or frames is None or len(prompt.messages) > 1 or _is_quoted_back(prompt.checks):
+        return _replaced(text, changed)
+    return f"{chance.choice(frames)}\n\n{text}"
+
+
+def _is_quoted_back(checks: Mapping[str, Any]) -> bool:
+    return any(one.get("kind") in _QUOTES_THE_PROMPT for one in checks.get("instructions") or ())
 
 
 def _begun_like(said: str, same: str) -> str:

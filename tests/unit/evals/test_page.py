@@ -144,7 +144,7 @@ def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
 def test_what_to_fix() -> None:
     said = words(shown())
     assert "general.rouge_l by 0.162, interval -0.300 to -0.010, 40 prompts" in said
-    assert said.count("general.rouge_l short 20 0.300 0.600 -") == 8  # of 30 slices
+    assert said.count("general.rouge_l tag: short 20 0.300 0.600 -") == 8  # of 30 slices
     assert "data.mix={general:0.5}" in said
     nothing = words(shown(advice=Advice([], [], "the main score of no source fell", 12, 34)))
     assert "Nothing fell against the base beyond what chance does to 12 metrics" in nothing

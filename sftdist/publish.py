@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from transformers.utils import logging
 
 from sftdist.core import agent, config, ledger, snapshot
-from sftdist.core.distributed import session
+from sftdist.core.distributed import World, session
 from sftdist.core.errors import CheckpointError, ConfigError, GateError
 from sftdist.core.runfacts import DATA, run_facts
 from sftdist.core.settings import PublishConfig
@@ -27,7 +27,7 @@ from sftdist.data.template import ChatTemplate
 from sftdist.evals.features import features_of
 from sftdist.evals.live import Forms, answer_counts, write_forms
 from sftdist.evals.profile import LEAST_PROMPTS, PROFILE, profile_of
-from sftdist.evals.report import ROWS, EvalReport
+from sftdist.evals.report import REPORT, ROWS, EvalReport
 from sftdist.evals.request import SuiteSpec
 from sftdist.evals.user_turns import prompts_of
 from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, silent, spec_of
@@ -42,12 +42,14 @@ from sftdist.release.soundness import Training, faults
 from sftdist.training.ending import LEDGER
 from sftdist.training.offline import OUTLINE
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class PublishResult:
-    """The release, None on the ranks other than 0; and what was decided."""
+    """The release, and what was decided."""
 
-    release: Release | None
+    release: Release
     decision: Decision
 
 
@@ -96,23 +98,43 @@ def run(cfg: PublishConfig) -> PublishResult:
         raise ConfigError(issues)
     logging.disable_progress_bar()
     with session() as world:
-        say = partial(print, flush=True) if world.is_main else silent
-        spec = spec_of(cfg, world)
-        if world.is_main:
-            world.progress.note("looking at the files")
-            require_sound(cfg, spec, say)
-        world.barrier()
-        last = registry.latest(Path(cfg.registry), str(cfg.name))
-        told = None if last is None else EvalReport.read(last.path / REPORT_FOLDER / "report.json")
-        result = judged(cfg, spec, world, say, last=told)
-        decision = result.decision
-        assert decision is not None, "publish_issues asks for rules"
-        release = None
-        if world.is_main:
-            world.progress.note("releasing")
-            release = Publisher(cfg, spec, result, decision, last, say).release()
-        world.barrier()
-    return PublishResult(release, decision)
+        try:
+            return published(cfg, world, partial(print, flush=True) if world.is_main else silent)
+        except GateError as refusal:  # on every rank; it leaves the session as one that has come to its end
+            refused, is_main = refusal, world.is_main
+    refused.reported = not is_main  # said once
+    raise refused
+
+
+def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
+    """Every rank asks and scores, rank 0 does the rest. Collective."""
+    spec = spec_of(cfg, world)
+    on_main(world, "looking at the files", lambda: require_sound(cfg, spec, say))
+    last = registry.latest(Path(cfg.registry), str(cfg.name))
+    told = None if last is None else EvalReport.read(last.path / REPORT_FOLDER / REPORT)
+    result = judged(cfg, spec, world, say, last=told)
+    decision = result.decision
+    assert decision is not None, "publish_issues asks for rules"
+    return on_main(
+        world,
+        "releasing",
+        lambda: PublishResult(Publisher(cfg, spec, result, decision, last, say).release(), decision),
+    )
+
+
+def on_main(world: World, what: str, work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank; a GateError there is one everywhere."""
+    made, refusal = None, None
+    if world.is_main:
+        world.progress.note(what)
+        try:
+            made = work()
+        except GateError as error:
+            refusal = str(error)
+    made, refusal = world.broadcast_object((made, refusal))
+    if refusal is not None:
+        raise GateError(refusal)
+    return cast(T, made)
 
 
 def require_sound(cfg: PublishConfig, spec: SuiteSpec, say: Say) -> None:
@@ -176,7 +198,7 @@ class Publisher:
             raise GateError(str(problem)) from problem
         run_dir = Path(str(self.cfg.run.dir))
         (folder / REPORT_FOLDER).mkdir()
-        for name in ("report.json", "report.html", ROWS):
+        for name in (REPORT, self.result.page.name, ROWS):
             shutil.copyfile(self.spec.folder / name, folder / REPORT_FOLDER / name)
         for name in (snapshot.FILE, DATA):
             shutil.copyfile(run_dir / name, folder / name)

@@ -140,9 +140,11 @@ class Card:
         ]
 
     def _scores(self) -> Iterator[str]:
-        decoding = ", ".join(f"{key} {value}" for key, value in self.report.decoding.items())
+        plain = {key: value for key, value in self.report.decoding.items() if isinstance(value, str | int)}
+        decoding = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items() if key != "greedy")
+        how = "greedily, " if plain.get("greedy") else ""
         both = "This model and its base" if self.report.base else "This model"
-        yield f"{both} answered the same prompts ({_text(decoding)}); 95 % intervals over the prompts."
+        yield f"{both} answered the same prompts ({how}{_text(decoding)}); 95 % intervals over the prompts."
         yield ""
         rows = [
             [name, f"{one.n:,}", _estimate(one.base), _estimate(one.tuned), _estimate(one.change)]

@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from sftdist.core.errors import GateError
+from sftdist.core.config import compose
+from sftdist.core.errors import ConfigError, GateError
+from sftdist.core.rules import BROUGHT_ALONG
 from sftdist.core.storage import sha256_json
+from sftdist.evals.probes import behaviour, contract, safety, task
+from sftdist.evals.probes import format as form
+from sftdist.evals.probes.robustness import KINDS
 from sftdist.evals.report import EvalReport, ModelFacts, Scores
 from sftdist.release.gate import Decision, Outcome, Verdict, decide
 from sftdist.release.rule import read_rules
@@ -492,3 +497,22 @@ def test_a_shipped_gate_can_be_read(path: Path) -> None:
     rules, issues = read_rules(values["rules"], min_prompts=values.get("min_prompts", 50), confidence=0.95)
     assert issues == []
     assert len(rules) == len({rule.text for rule in rules}) >= 5
+
+
+@pytest.mark.parametrize("path", GATES, ids=lambda path: path.stem)
+def test_a_shipped_gate_asks_for_metrics_that_there_are(path: Path) -> None:
+    known = {
+        metric.name for metrics in (task.METRICS, behaviour.METRICS, form.METRICS, safety.METRICS) for metric in metrics
+    }
+    known |= {contract.KEPT.name, "loss"}
+    rules, _ = read_rules(yaml.safe_load(path.read_text())["rules"], min_prompts=50, confidence=0.95)
+    for rule in rules:
+        of, _, name = rule.metric.rpartition(".")
+        assert name in (KINDS if of == "robustness" else known), rule.text
+        assert of in (*BROUGHT_ALONG, "*", *(("domain", "general", "format") if path.stem == "quickstart" else ()))
+
+
+def test_sources_cannot_hide_behind_the_names_of_the_evaluation() -> None:
+    for name in ("all", "adversarial", "safety.mine"):
+        with pytest.raises(ConfigError, match="which the evaluation uses for its own"):
+            compose("full", ["model.path=m", f"data.sources={{{name}:{{path:a.jsonl}}}}"])

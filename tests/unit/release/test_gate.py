@@ -23,7 +23,7 @@ from sftdist.release.gate import Decision, Outcome, Verdict, decide
 from sftdist.release.rule import read_rules
 from tests.conftest import ROOT
 
-TUNED, BASE = "a" * 64, "b" * 64
+TUNED, BASE, LAST = "a" * 64, "b" * 64, "d" * 64
 GATES = sorted((ROOT / "conf/gate").glob("*.yaml"))
 
 
@@ -49,6 +49,11 @@ def report(**metrics: Scores) -> EvalReport:
         metrics={f"general.{name}": one for name, one in metrics.items()},
         asked={id: sha256_json(id) for id in ids},
     )
+
+
+def released(found: EvalReport) -> EvalReport:
+    """The report of the last release."""
+    return replace(found, tuned=ModelFacts("last", LAST))
 
 
 def decided(rules: Sequence[Any], found: EvalReport, *, min_prompts: int = 50, **how: Any) -> Decision:
@@ -328,7 +333,7 @@ def test_rules_that_decide_nothing_let_nothing_through() -> None:
 
 
 def test_the_last_release_is_compared_on_the_same_prompts() -> None:
-    last = report(exact_match=scores(share(199, 200)))
+    last = released(report(exact_match=scores(share(199, 200))))
     assert only("general.exact_match >= last - 0.02", GOOD, last=last).outcome == Outcome.passed
     better = report(exact_match=scores(share(100, 200)))
     verdict = only("general.exact_match >= last - 0.02", better, last=last)
@@ -361,19 +366,26 @@ def _renamed(found: EvalReport) -> EvalReport:
     ],
 )
 def test_a_release_that_cannot_be_compared_is_no_pass(last: EvalReport, words: str) -> None:
-    verdict = only("general.exact_match >= last - 0.02", GOOD, last=last)
+    verdict = only("general.exact_match >= last - 0.02", GOOD, last=released(last))
     assert verdict.outcome == Outcome.refused
     assert words in verdict.words
 
 
 def test_neither_report_without_digests_is_taken_on_trust() -> None:
     blind = replace(GOOD, asked={})
-    assert only("general.exact_match >= last", blind, last=blind).outcome == Outcome.refused
+    assert only("general.exact_match >= last", blind, last=released(blind)).outcome == Outcome.refused
 
 
 def test_the_size_of_batches_does_not_part_two_releases() -> None:
-    last = replace(GOOD, decoding={**GOOD.decoding, "batch_size": 64})
+    last = released(replace(GOOD, decoding={**GOOD.decoding, "batch_size": 64}))
     assert only("general.exact_match >= last", GOOD, last=last).outcome == Outcome.passed
+
+
+def test_a_release_is_not_held_against_itself() -> None:
+    decision = decided(["general.exact_match >= 0.9", "general.exact_match >= last"], GOOD, last=GOOD)
+    assert decision.passed
+    assert decision.verdicts[1].words == "this is the last release itself, byte by byte"
+    assert not decided(["general.exact_match >= last"], GOOD, last=GOOD).passed
 
 
 # Rules that say nothing

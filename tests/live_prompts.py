@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sftdist.assets import desk
+from sftdist.core.storage import read_jsonl
 from sftdist.evals.features import Features, features_of
 
 SOURCES = ("domain", "format", "general")
@@ -90,16 +91,16 @@ def desk_pool() -> Pool:
 def real_pool(folder: Path) -> Pool:
     """All prompts of the real chat data."""
 
-    def rows(name: str) -> list[dict[str, object]]:
-        return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    def rows(name: str) -> list[dict[str, Any]]:
+        return list(read_jsonl(folder / name))
 
     def said(row: dict[str, str]) -> str:
         return row["instruction"] + (f"\n\n{row['input']}" if row.get("input", "").strip() else "")
 
     return Pool.of(
         {
-            "domain": [row["messages"][1]["content"] for row in rows("domain_gsm8k.messages.jsonl")],  # type: ignore[index]
-            "format": [row["conversations"][0]["value"] for row in rows("format_toolformer.sharegpt.jsonl")],  # type: ignore[index]
-            "general": [said(row) for row in rows("general_gpteacher.alpaca.jsonl")],  # type: ignore[arg-type]
+            "domain": [row["messages"][1]["content"] for row in rows("domain_gsm8k.messages.jsonl")],
+            "format": [row["conversations"][0]["value"] for row in rows("format_toolformer.sharegpt.jsonl")],
+            "general": [said(row) for row in rows("general_gpteacher.alpaca.jsonl")],
         }
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from sftdist.evals.intervals import Estimate
 
 DRAWS = 10_000  # of the permutation test: no p-value is below 1 / (DRAWS + 1)
-RESAMPLES = 1000
+RESAMPLES = 200
+AWAY = (*np.linspace(0, 2, 13).tolist(), *np.geomspace(2.4, 60, 9).tolist())
 LEAST = 10  # items of both samples in a category that stands for itself
 BINS = 10
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Numbers = Counts | Floats
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Difference:
 # --- how far apart ------------------------------------------------------------------------------------
 
 
-def stability_index(one: Counts, other: Counts) -> Floats:
+def stability_index(one: Numbers, other: Numbers) -> Floats:
     """The population stability index of counts [..., k]: Σ (q - p) ln(q / p), with half an item added to each count.
 
     Siddiqi, "Credit Risk Scorecards" (Wiley 2006), where below 0.1 is called small and above 0.25 large; it is the
@@ -51,7 +54,7 @@ def stability_index(one: Counts, other: Counts) -> Floats:
     return np.asarray(np.sum((q - p) * np.log(q / p), axis=-1))
 
 
-def jensen_shannon(one: Counts, other: Counts) -> Floats:
+def jensen_shannon(one: Numbers, other: Numbers) -> Floats:
     """The Jensen-Shannon divergence of counts [..., k] in bits: 0 for equal shares, 1 where nothing is in both.
 
     Lin, "Divergence measures based on the Shannon entropy", IEEE Transactions on Information Theory 37 (1991).
@@ -61,7 +64,7 @@ def jensen_shannon(one: Counts, other: Counts) -> Floats:
     return np.asarray((_entropy_against(p, middle) + _entropy_against(q, middle)) / 2)
 
 
-def _shares(counts: NDArray[np.number]) -> Floats:
+def _shares(counts: NDArray[Any]) -> Floats:
     return np.asarray(counts / counts.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
@@ -74,23 +77,50 @@ def difference(one: Counts, other: Counts, rng: np.random.Generator, confidence:
     """Compare counts [k] of two samples of independent items; each item is in one category."""
     keep = one + other > 0
     one, other = one[keep], other[keep]
-    seen = jensen_shannon(one, other)
+    return Difference(*_intervals(one, other, rng, confidence), chance(one, other, rng))
+
+
+def chance(one: Counts, other: Counts, rng: np.random.Generator) -> float:
+    """The p-value of the permutation test on the Jensen-Shannon divergence of counts [k]."""
     dealt = rng.multivariate_hypergeometric(one + other, int(other.sum()), size=DRAWS, method="marginals")
-    by_chance = jensen_shannon(one + other - dealt, dealt)
-    again_one, again_other = (
-        rng.multinomial(int(counts.sum()), counts / counts.sum(), size=RESAMPLES) for counts in (one, other)
-    )
-    return Difference(
-        psi=basic_interval(
-            float(stability_index(one, other)), stability_index(again_one, again_other), confidence, np.inf
-        ),
-        js=basic_interval(float(seen), jensen_shannon(again_one, again_other), confidence, 1.0),
-        p=_share_of_draws(int(np.count_nonzero(by_chance >= seen - 1e-12))),
-    )
+    by_chance, seen = jensen_shannon(one + other - dealt, dealt), jensen_shannon(one, other)
+    as_large = int(np.count_nonzero(by_chance >= seen - 1e-12))
+    return (as_large + 1) / (DRAWS + 1)
+
+
+def _intervals(one: Counts, other: Counts, rng: np.random.Generator, confidence: float) -> tuple[Estimate, Estimate]:
+    """Of both divergences, by the bootstrap of tests turned around (Carpenter, "Test inversion bootstrap confidence
+    intervals", Journal of the Royal Statistical Society B 61, 1999).
+
+    The divergence of two samples is larger than that of their distributions, and scatters more the larger it is. So
+    samples are drawn from pairs of distributions that are `AWAY` times as far from the pooled one as those seen: the
+    ends are those pairs for which what was seen is just not too large, and just not too small; the value is the pair
+    for which it is the median.
+    """
+    sizes, pooled = (int(one.sum()), int(other.sum())), _shares(one + other)
+    towards = [np.subtract(_shares(counts), pooled) for counts in (one, other)]
+    if not np.abs(towards[0]).max() > 1e-12:  # equal shares point nowhere: any direction will do
+        zigzag = np.where(np.arange(len(pooled)) % 2, 1e-3, -1e-3)
+        towards = [zigzag, -zigzag]
+    below = (1 - confidence) / 2
+    true, ends = np.empty((2, len(AWAY))), np.empty((2, 3, len(AWAY)))
+    for i, away in enumerate(AWAY):
+        pair = [_shares(np.maximum(pooled + away * direction, 0.0)) for direction in towards]
+        drawn = [rng.multinomial(size, shares, size=RESAMPLES) for size, shares in zip(sizes, pair, strict=True)]
+        for k, measure in enumerate((stability_index, jensen_shannon)):
+            true[k, i] = measure(pair[0] * sum(sizes), pair[1] * sum(sizes)) if away else 0.0
+            ends[k, :, i] = np.quantile(measure(*drawn), [below, 0.5, 1 - below])
+    found = []
+    for k, measure in enumerate((stability_index, jensen_shannon)):
+        seen = float(measure(one, other))
+        high, value, low = (float(np.interp(seen, np.maximum.accumulate(end), true[k])) for end in ends[k])
+        found.append(Estimate(min(max(value, low), high), low, high))
+    return found[0], found[1]
 
 
 def basic_interval(seen: float, again: Floats, confidence: float, most: float) -> Estimate:
-    """The basic bootstrap interval of a divergence (Davison and Hinkley, "Bootstrap Methods", 1997, section 5.2).
+    """The basic bootstrap interval of a divergence (Davison and Hinkley, "Bootstrap Methods", 1997, section 5.2), for
+    items that can be drawn again but not from other distributions.
 
     A divergence of samples is larger than that of the distributions, and that of resamples larger again by as much:
     both ends and the value are moved back by it, and stay between 0 and `most`.
@@ -98,10 +128,6 @@ def basic_interval(seen: float, again: Floats, confidence: float, most: float) -
     low, high = np.quantile(again, [(1 - confidence) / 2, (1 + confidence) / 2])
     ends = (2 * seen - float(again.mean()), 2 * seen - float(high), 2 * seen - float(low))
     return Estimate(*(float(min(max(0.0, end), most)) for end in ends))
-
-
-def _share_of_draws(as_large: int) -> float:
-    return (as_large + 1) / (DRAWS + 1)
 
 
 # --- categories ---------------------------------------------------------------------------------------

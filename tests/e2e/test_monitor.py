@@ -225,7 +225,7 @@ def test_a_release_whose_weights_have_changed_is_not_asked(home: Path, capsys: p
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "dark"), [(1000, False), (380, True)])
+@pytest.mark.parametrize(("width", "dark"), [pytest.param(1000, False, marks=pytest.mark.long), (380, True)])
 def test_the_page_in_a_browser(home: Path, width: int, dark: bool) -> None:
     traffic("live.jsonl", [*shifted(), *[{"prompt": f"{EVIL} number {i} of many"} for i in range(3)]])
     assert run("traffic=live.jsonl") == 4

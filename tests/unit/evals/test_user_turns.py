@@ -20,7 +20,12 @@ WITH_SYSTEM = {"gemma3"}  # the system message is the beginning of the first use
 WITH_TOOLS = {"llama3_1", "llama3_2"}  # so is the list of tools
 
 
-@pytest.mark.parametrize("stem", STOCK)
+OFTEN = ("qwen3", "llama3_1", "gemma3", "deepseekv3", "gptoss", "nemotron_3_nano", "llava_next")
+
+
+@pytest.mark.parametrize(
+    "stem", [stem if stem in OFTEN else pytest.param(stem, marks=pytest.mark.long) for stem in STOCK]
+)
 def test_stock_templates_mark_user_turns(stem: str) -> None:
     template = ChatTemplate.of(byte_tokenizer(stock_text(stem)))
     turns = UserTurns.of(template)

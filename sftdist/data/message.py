@@ -207,7 +207,7 @@ def parse_checks(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         fail("checks", show(value), "a JSON object", "checks are not an object")
     _check_json(value, "checks")
-    return dict(value)
+    return {key: item for key, item in value.items() if item is not None}  # a table has every row's fields
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:

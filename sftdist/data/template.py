@@ -169,9 +169,21 @@ class ChatTemplate:
         """Token ids of rendered text; no special token is added."""
         return self._encoder.ids(text)
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Ids to generate from, generation prompt included: the same tokens that a trained turn follows."""
-        return self._encoder.ids(self.render(messages, tools=tools, add_generation_prompt=True))
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), optional: Sequence[str] = ()
+    ) -> list[int]:
+        """Ids to generate from, generation prompt included: the same tokens that a trained turn follows.
+
+        `optional`: fields that may be lost where the template never renders them (`MaskOptions.allow_unrendered`).
+        """
+        try:
+            return self._encoder.ids(self.render(messages, tools=tools, add_generation_prompt=True))
+        except Unrendered as problem:
+            if problem.field not in optional:
+                raise
+            dropped = problem.field
+        messages, tools = without_field(messages, tools, dropped)
+        return self.encode_prompt(messages, tools, [field for field in optional if field != dropped])
 
     def encode(self, conversations: Sequence[Conversation], options: MaskOptions) -> list[Encoded | Refusal]:
         """Render, locate, prove and tokenise in a batch; one entry per conversation, in order.

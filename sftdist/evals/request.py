@@ -15,7 +15,7 @@ import torch
 
 from sftdist.core import snapshot
 from sftdist.core.errors import ConfigError
-from sftdist.core.settings import EvaluateConfig, Init, PublishConfig, TrainConfig, TrainOn
+from sftdist.core.settings import EvaluateConfig, Init, PublishConfig, TrainConfig
 from sftdist.core.storage import read_json
 from sftdist.data.contract import Contract
 from sftdist.data.contract_file import read_contract_file, read_file
@@ -44,10 +44,10 @@ class SuiteSpec:
     split: str
     stores: Sequence[TokenStore]
     trained: Sequence[RowSet]
-    train_on: TrainOn
     max_prompts: int | None
     max_len: int
     template_args: Mapping[str, Any]
+    allow_unrendered: Sequence[str]
     measures: Measures
     decoding: Decoding
     cache: Path
@@ -88,10 +88,10 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
         split=cfg.split,
         stores=stores,
         trained=_trained(run_dir, Path(cfg.data.store_dir)) if is_run else [],
-        train_on=cfg.data.train_on,
         max_prompts=evals.max_prompts,
         max_len=cfg.data.max_len,
         template_args=cfg.model.template_args,
+        allow_unrendered=cfg.data.allow_unrendered,
         measures=_measures(cfg),
         decoding=decoding,
         cache=Path(evals.cache or Path(cfg.data.store_dir) / "answers"),

@@ -6,7 +6,7 @@ training calls `eval/loss` (X6).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from sftdist.core.distributed import World
+from sftdist.core.errors import DataError
 from sftdist.core.storage import read_json, sha256_json, write_json
 from sftdist.data.loader import Document, pack_documents
 from sftdist.data.store import SPLITS, TokenStore
+from sftdist.data.template import ChatTemplate
+from sftdist.evals.questions import numbered
 from sftdist.evals.report import Scores
 from sftdist.model.loss import LossModel
 
@@ -42,13 +45,31 @@ def rows_to_score(stores: Sequence[TokenStore], split: str, *, max_len: int, mos
     """At most `most` rows of each store, evenly spread, none longer than `max_len` and each with a supervised token."""
     found = []
     for store in stores:
-        fits = (store.split == SPLITS.index(split)) & (store.lengths <= max_len) & (store.targets > 0)
-        rows = np.flatnonzero(fits)
-        count = len(rows) if most is None else min(most, len(rows))
-        chosen = rows[np.arange(count) * len(rows) // max(count, 1)]
-        names = store.row_ids(chosen)
-        found += [Row(f"{store.name}/{name}", store, int(row)) for row, name in zip(chosen, names, strict=True)]
+        rows = np.flatnonzero(store.split == SPLITS.index(split))
+        named = zip(numbered(store.row_ids(rows)), rows.tolist(), strict=True)
+        fits = [
+            Row(f"{store.name}/{name}", store, row)
+            for name, row in named
+            if store.lengths[row] <= max_len and store.targets[row] > 0
+        ]
+        count = len(fits) if most is None else min(most, len(fits))
+        found += [fits[place * len(fits) // count] for place in range(count)]
     return found
+
+
+def require_same_tokens(stores: Iterable[TokenStore], template: ChatTemplate) -> None:
+    """Raises DataError where the ids of a store are other tokens to the model that is asked than they were to who made
+    the store: a loss on them would say nothing."""
+    known = template.tokenizer.get_vocab()
+    for store in {store.manifest["ingredients"]["tokenizer"]: store for store in stores}.values():
+        stored = ChatTemplate.load(str(store.path / "tokenizer")).tokenizer
+        names = {number: token for token, number in stored.get_vocab().items()}
+        if other := [token for token, number in known.items() if names.get(number, token) != token]:
+            raise DataError(
+                f"{store.name}: given rows of another tokenizer than that of the model (it has {other[0]!r} where the "
+                f"rows have {names[known[other[0]]]!r}), required the same for a loss; set model.tokenizer to the "
+                "model's folder, or leave loss out of evals.probes"
+            )
 
 
 def row_losses(

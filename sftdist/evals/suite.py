@@ -29,10 +29,10 @@ from sftdist.evals.metrics import Probe
 from sftdist.evals.pace import shown
 from sftdist.evals.probes.robustness import fall
 from sftdist.evals.prompts import Answer, Prompt
-from sftdist.evals.questions import questions
+from sftdist.evals.questions import questions, refuse_trained
 from sftdist.evals.report import ROWS, EvalReport, ModelFacts, Scores
 from sftdist.evals.request import SuiteSpec
-from sftdist.evals.row_losses import Row, loss_scores, name_of, row_losses, rows_to_score
+from sftdist.evals.row_losses import Row, loss_scores, name_of, require_same_tokens, row_losses, rows_to_score
 from sftdist.evals.voice import Voice
 
 Say = Callable[[str], None]
@@ -75,7 +75,7 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
     if spec.named:
         spec = replace(spec, folder=spec.folder.with_name(f"{spec.folder.name}-{models.facts['tuned'].sha256[:8]}"))
     others = [] if spec.base is None else [spec.base]
-    voice = Voice.load(spec.candidate, *others, arguments=spec.template_args)
+    voice = Voice.load(spec.candidate, *others, arguments=spec.template_args, optional=spec.allow_unrendered)
     probes = probes_of(spec.measures)
     prompts, left_out = to_ask(spec, voice, probes)
     say(f"{len(prompts):,} prompts for {' and '.join(models.folders)}")
@@ -122,11 +122,10 @@ def to_ask(spec: SuiteSpec, voice: Voice, probes: Sequence[Probe]) -> tuple[list
     Raises DataError where that is a prompt of the data, where there is none, or for checks that cannot be carried out.
     """
     measures = spec.measures
+    refuse_trained(spec.stores, spec.split, spec.trained)
     if not probes and "robustness" not in measures.probes:
         return [], {}
-    asked = questions(
-        spec.stores, spec.split, spec.trained, train_on=spec.train_on, max_len=spec.max_len, most=spec.max_prompts
-    )
+    asked = questions(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
     if not asked:
         raise DataError(
             f"evaluate: given no conversation in the {spec.split} split, required at least one; raise "
@@ -176,6 +175,7 @@ def losses_of(rows: Sequence[Row], models: Models, voice: Voice, spec: SuiteSpec
     """The loss on the reference answers. Collective."""
     if not rows:
         return {}
+    require_same_tokens(spec.stores, voice.template)
     dtype, device, found = spec.decoding.dtype, world.device, {}
     for name, folder in models.folders.items():
         load = partial(load_model, folder, dtype=dtype, device=device, rows=voice.rows)

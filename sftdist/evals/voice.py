@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +22,22 @@ from sftdist.evals.prompts import Answer, Prompt
 @dataclass(frozen=True)
 class Voice:
     """The tuned model's template, the ids that end an answer of any of the models, and the most tokens that all of them
-    have positions for (None: no limit)."""
+    have positions for (None: no limit). `optional`: fields of a prompt that the template may leave out, as it may in
+    training (`data.allow_unrendered`)."""
 
     template: ChatTemplate
     stop_ids: tuple[int, ...]
     positions: int | None = None
+    optional: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, tuned: Path, *others: Path, arguments: Mapping[str, Any] | None = None) -> Voice:
+    def load(
+        cls,
+        tuned: Path,
+        *others: Path,
+        arguments: Mapping[str, Any] | None = None,
+        optional: Sequence[str] = (),
+    ) -> Voice:
         """Of model or adapter folders; `arguments` are further variables of the template (`model.template_args`).
 
         Raises ConfigError where no folder says how an answer ends.
@@ -47,7 +55,7 @@ class Voice:
                 "add them there"
             )
         known = [count for folder in folders if (count := _positions_of(folder)) is not None]
-        return cls(template, tuple(sorted(stops)), min(known, default=None))
+        return cls(template, tuple(sorted(stops)), min(known, default=None), tuple(optional))
 
     @cached_property
     def sha256(self) -> str:
@@ -63,7 +71,7 @@ class Voice:
         """The ids that the model answers to. Raises DataError where the template refuses the messages, or where no
         position is left for an answer."""
         try:
-            ids = tuple(self.template.encode_prompt(prompt.messages, prompt.tools))
+            ids = tuple(self.template.encode_prompt(prompt.messages, prompt.tools, self.optional))
         except Unproven as problem:
             raise DataError(
                 f"prompt {prompt.id}: the chat template refuses it ({problem}); required are messages that it can "

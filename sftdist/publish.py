@@ -110,6 +110,7 @@ def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
     """Every rank asks and scores, rank 0 does the rest. Collective."""
     spec = spec_of(cfg, world)
     on_main(world, "looking at the files", lambda: require_sound(cfg, spec, say))
+    world.progress.note("evaluating")
     last = registry.latest(Path(cfg.registry), str(cfg.name))
     told = None if last is None else EvalReport.read(last.path / REPORT_FOLDER / REPORT)
     result = judged(cfg, spec, world, say, last=told)

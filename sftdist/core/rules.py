@@ -12,6 +12,7 @@ from sftdist.core.mix import lambda_issue
 from sftdist.core.settings import (
     CheckpointSettings,
     DataConfig,
+    EvaluateConfig,
     ExportConfig,
     Init,
     Method,
@@ -196,7 +197,8 @@ def _model(cfg: TrainConfig) -> Iterator[str]:
 
 def _completeness(cfg: TrainConfig) -> Iterator[str]:
     model, inspecting = cfg.model, isinstance(cfg, DataConfig)
-    if not cfg.data.sources:
+    asked_from = isinstance(cfg, EvaluateConfig) and (cfg.data.val or cfg.data.holdout)
+    if not cfg.data.sources and not asked_from:
         yield "data: no source is given; give data.train=FILE, or data.sources.NAME.path=FILE for each source"
     if not inspecting and model.init == Init.pretrained and model.path is None:
         yield "model.path: not given; give a model's folder or hub name, or model.init=random with a model.shape"

@@ -35,15 +35,19 @@ def request_of(
     *,
     dataset: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    held_out_alone: bool = False,
 ) -> PrepareRequest:
-    """What the (composed) settings ask for; `dataset` and `tokenizer` in memory take the place of theirs."""
+    """What the (composed) settings ask for; `dataset` and `tokenizer` in memory take the place of theirs.
+
+    `held_out_alone`: files that are held out will do, without a source to train on.
+    """
     if dataset is not None:
         sources: tuple[SourceRequest, ...] = (SourceRequest(in_memory(dataset, "train", "dataset"), _mask(data)),)
     else:
         if issues := [issue for name, settings in data.sources.items() for issue in _label_issues(name, settings)]:
             raise ConfigError(issues)
         sources = tuple(source_of(name, settings, data) for name, settings in data.sources.items())
-    if not sources:
+    if not sources and not (held_out_alone and (data.val or data.holdout)):
         raise ConfigError("data.train: given nothing, required a file, folder, glob, list or hub:NAME")
     return PrepareRequest(
         sources=sources,

@@ -15,7 +15,7 @@ import torch
 
 from sftdist.core import snapshot
 from sftdist.core.errors import ConfigError
-from sftdist.core.settings import EvaluateConfig, Init, PublishConfig, TrainConfig
+from sftdist.core.settings import EvaluateConfig, Init, PublishConfig, SourceSettings, TrainConfig
 from sftdist.core.storage import read_json
 from sftdist.data.contract import Contract
 from sftdist.data.contract_file import read_contract_file, read_file
@@ -71,7 +71,8 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
     is_run = (run_dir / snapshot.FILE).is_file()
     candidate = _candidate(cfg, run_dir, is_run, resolve)
     base = _base(cfg, candidate, is_run, resolve)
-    prepared = prepare_small(data_request_of(cfg.data, cfg.model), _prepare_line(), say=partial(print, flush=True))
+    asked = data_request_of(cfg.data, cfg.model, held_out_alone=True)
+    prepared = prepare_small(asked, _prepare_line(), say=partial(print, flush=True))
     own = [store for store in prepared.held_out.values() if store.manifest["splits"][cfg.split]["rows"]]
     stores = own or list(prepared.stores.values())
     evals = cfg.evals
@@ -92,7 +93,7 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
         max_len=cfg.data.max_len,
         template_args=cfg.model.template_args,
         allow_unrendered=cfg.data.allow_unrendered,
-        measures=_measures(cfg),
+        measures=_measures(cfg, [store.name for store in stores]),
         decoding=decoding,
         cache=Path(evals.cache or Path(cfg.data.store_dir) / "answers"),
         folder=run_dir / "report" / cfg.split,
@@ -152,19 +153,15 @@ def _trained(run_dir: Path, store_dir: Path) -> list[RowSet]:
     return list(rows.found.values())
 
 
-def _measures(cfg: EvaluateConfig) -> Measures:
+def _measures(cfg: EvaluateConfig, asked: Sequence[str]) -> Measures:
+    """`asked`: the names of the stores that are asked from."""
     evals, judge = cfg.evals, cfg.evals.judge
-    contracts = {
-        name: Contract.load(Path(source.contract))
-        for name, source in cfg.data.sources.items()
-        if source.contract is not None
-    }
     endpoint = None
     if judge.url is not None:
         endpoint = Endpoint(judge.url, judge.model, os.environ.get(judge.key_variable))
     return Measures(
         probes=evals.probes,
-        contracts=contracts,
+        contracts=_contracts(cfg.data.sources, asked),
         schemas={source: read_schema(Path(file)) for source, file in evals.schemas.items()},
         functions=evals.functions,
         policy=evals.policy,
@@ -177,6 +174,14 @@ def _measures(cfg: EvaluateConfig) -> Measures:
         rubric=judge.rubric,
         seed=cfg.seed,
     )
+
+
+def _contracts(sources: Mapping[str, SourceSettings], asked: Sequence[str]) -> dict[str, Contract]:
+    """A file of the user's own (data.val, data.holdout) has the contract of the only source, as it has its shape."""
+    found = {name: Contract.load(Path(one.contract)) for name, one in sources.items() if one.contract is not None}
+    if len(sources) == 1 and found:
+        return {name: next(iter(found.values())) for name in asked}
+    return found
 
 
 def read_schema(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,10 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
         base=base,
         split=cfg.split,
         stores=stores,
-        trained=_trained(run_dir, Path(cfg.data.store_dir)) if is_run else [],
+        trained=[
+            *(_trained(run_dir, Path(cfg.data.store_dir)) if is_run else []),
+            *_trained_elsewhere(candidate, run_dir, Path(cfg.data.store_dir)),
+        ],
         max_prompts=evals.max_prompts,
         max_len=cfg.data.max_len,
         template_args=cfg.model.template_args,
@@ -151,6 +154,21 @@ def _trained(run_dir: Path, store_dir: Path) -> list[RowSet]:
             + ["required the stores of the run, to know which prompts are new to the model: " + _prepare_line()]
         )
     return list(rows.found.values())
+
+
+def _trained_elsewhere(candidate: Path, run_dir: Path, store_dir: Path) -> Iterator[RowSet]:
+    """The rows that a model of another run, or a release, was trained on, where they are known and there."""
+    folder = candidate.resolve()
+    for home in (folder, *folder.parents[:2]):
+        if not (home / MANIFEST).is_file() or home == run_dir.resolve():
+            continue
+        folders = [store_dir]
+        if (home / snapshot.FILE).is_file():
+            folders.append(Path(snapshot.read_config(home).data.store_dir))
+        rows = rows_behind(read_json(home / MANIFEST), folders)
+        yield from rows.found.values()
+        for name, why in rows.gone.items():
+            print(f"{candidate}: the prompts are not compared with its training source {name}: {why}", flush=True)
 
 
 def _measures(cfg: EvaluateConfig, asked: Sequence[str]) -> Measures:

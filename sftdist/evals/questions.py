@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -72,14 +73,18 @@ def _refuse(store: TokenStore, names: Sequence[str], kind: str, source: str) -> 
 
 def numbered(names: Iterable[str]) -> list[str]:
     """The same names, each once: the second `a` is `a~2`."""
-    used: dict[str, None] = {}
+    used: set[str] = set()
+    counts: Counter[str] = Counter()
+    found = []
     for name in names:
-        own, number = name, 1
+        counts[name] += 1
+        own = name if counts[name] == 1 else f"{name}~{counts[name]}"
         while own in used:
-            number += 1
-            own = f"{name}~{number}"
-        used[own] = None
-    return list(used)
+            counts[name] += 1
+            own = f"{name}~{counts[name]}"
+        used.add(own)
+        found.append(own)
+    return found
 
 
 def _asked(store: TokenStore, split: str, max_len: int) -> list[Asked]:

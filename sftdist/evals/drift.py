@@ -108,7 +108,7 @@ def _intervals(one: Counts, other: Counts, rng: np.random.Generator, confidence:
         pair = [_shares(np.maximum(pooled + away * direction, 0.0)) for direction in towards]
         drawn = [rng.multinomial(size, shares, size=RESAMPLES) for size, shares in zip(sizes, pair, strict=True)]
         for k, measure in enumerate((stability_index, jensen_shannon)):
-            true[k, i] = measure(pair[0] * sum(sizes), pair[1] * sum(sizes)) if away else 0.0
+            true[k, i] = measure(pair[0] * min(sizes), pair[1] * min(sizes)) if away else 0.0
             ends[k, :, i] = np.quantile(measure(*drawn), [below, 0.5, 1 - below])
     found = []
     for k, measure in enumerate((stability_index, jensen_shannon)):

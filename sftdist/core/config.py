@@ -34,7 +34,7 @@ from sftdist.core.mix import expand
 from sftdist.core.multirun import multirun
 from sftdist.core.resolve import literal, resolved, resolved_text
 from sftdist.core.rules import check
-from sftdist.core.settings import TrainConfig
+from sftdist.core.settings import EvaluateConfig, TrainConfig
 from sftdist.core.shipped import shipped_folder
 from sftdist.core.snapshot import (
     FILE,
@@ -100,7 +100,7 @@ def compose(
         _expand_home(cfg)
         if not words.refused:  # with a group missing, the rules would only report its absence again
             found = check(cfg, complete=complete)
-            if found and complete and cfg.exp == TrainConfig().exp:
+            if found and complete and cfg.exp == TrainConfig().exp and not isinstance(cfg, EvaluateConfig):
                 issues.append(f"exp: none is given; the presets are {', '.join(_options('exp'))}: add +exp=NAME")
             issues += _beside(issues, found)
             cfg.run.name = cfg.run.name or _name(cfg)

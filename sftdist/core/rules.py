@@ -197,8 +197,10 @@ def _model(cfg: TrainConfig) -> Iterator[str]:
 
 def _completeness(cfg: TrainConfig) -> Iterator[str]:
     model, inspecting = cfg.model, isinstance(cfg, DataConfig)
-    asked_from = isinstance(cfg, EvaluateConfig) and (cfg.data.val or cfg.data.holdout)
-    if not cfg.data.sources and not asked_from:
+    if isinstance(cfg, EvaluateConfig):
+        yield from _to_evaluate(cfg)
+        return
+    if not cfg.data.sources:
         yield "data: no source is given; give data.train=FILE, or data.sources.NAME.path=FILE for each source"
     if not inspecting and model.init == Init.pretrained and model.path is None:
         yield "model.path: not given; give a model's folder or hub name, or model.init=random with a model.shape"
@@ -206,6 +208,14 @@ def _completeness(cfg: TrainConfig) -> Iterator[str]:
         yield "model.init=random: no shape is given; give model.shape (or model=NAME), or model.path for its shape"
     if model.path is None and model.tokenizer is None and model.vocabulary is None:
         yield "model.tokenizer: not given; give model.path, model.tokenizer, or model.vocabulary=N to train one"
+
+
+def _to_evaluate(cfg: EvaluateConfig) -> Iterator[str]:
+    """Which model it is, the command itself says: a run brings all of this along."""
+    key, file = ("data.val", cfg.data.val) if cfg.split == "validation" else ("data.holdout", cfg.data.holdout)
+    named = cfg.candidate or cfg.model.path
+    if named and not cfg.data.sources and not file and cfg.evals.probes != ["benchmarks"]:
+        yield f"{key}: not given; without a run required are the conversations to ask: {key}=FILE"
 
 
 def _steps(cfg: TrainConfig) -> Iterator[str]:

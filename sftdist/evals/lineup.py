@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -55,6 +56,14 @@ class Measures:
             raise ConfigError(f"evals.probes: given {unknown[0]}, required some of {', '.join(PROBES)}")
 
 
+def require_probes(probes: Sequence[str]) -> None:
+    """Raises ConfigError where nothing would be measured, or nothing that robustness could be measured by."""
+    scoring = any(name in SCORING for name in probes)
+    if not scoring and (not probes or "robustness" in probes):
+        given, needed = ", ".join(probes) or "none", ", ".join(SCORING)
+        raise ConfigError(f"evals.probes: given {given}, required one that scores answers, too: {needed}")
+
+
 def probes_of(measures: Measures) -> list[Probe]:
     """The probes that score answers, in the order of `SCORING`. Raises ConfigError for one that cannot be built."""
     builders = {
@@ -64,7 +73,11 @@ def probes_of(measures: Measures) -> list[Probe]:
         "contract": lambda: contract_probe(measures.contracts),
         "safety": lambda: _safety(measures),
     }
-    return [builders[name]() for name in SCORING if name in measures.probes]
+    probes = [builders[name]() for name in SCORING if name in measures.probes]
+    counts = Counter(metric.name for probe in probes for metric in probe.metrics)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"evals.functions: given the metric {twice[0]}, which there is already; give it another name")
+    return probes
 
 
 def _safety(measures: Measures) -> Probe:

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from sftdist.evals.benchmarks import require_lm_eval
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.endpoint import Endpoint
 from sftdist.evals.identity import adapter_base
-from sftdist.evals.lineup import Measures
+from sftdist.evals.lineup import Measures, require_probes
+from sftdist.evals.voice import tokenizer_folder
 
 EXPORT = "export"  # in a run directory
 OWN = tuple({item.name for item in fields(PublishConfig)} - {item.name for item in fields(TrainConfig)})
@@ -47,6 +48,7 @@ class SuiteSpec:
     max_prompts: int | None
     max_len: int
     template_args: Mapping[str, Any]
+    chat_template: str | None
     allow_unrendered: Sequence[str]
     measures: Measures
     decoding: Decoding
@@ -66,15 +68,13 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
 
     Raises ConfigError where a model is missing, DataError as prepare does.
     """
+    require_probes(cfg.evals.probes)
     require_lm_eval(cfg.tasks, asked="benchmarks" in cfg.evals.probes)
     run_dir = Path(str(cfg.run.dir))
     is_run = (run_dir / snapshot.FILE).is_file()
     candidate = _candidate(cfg, run_dir, is_run, resolve)
     base = _base(cfg, candidate, is_run, resolve)
-    asked = data_request_of(cfg.data, cfg.model, held_out_alone=True)
-    prepared = prepare_small(asked, _prepare_line(), say=partial(print, flush=True))
-    own = [store for store in prepared.held_out.values() if store.manifest["splits"][cfg.split]["rows"]]
-    stores = own or list(prepared.stores.values())
+    stores, holdout = _stores(cfg, None if is_run else candidate)
     evals = cfg.evals
     decoding = Decoding.on(
         device,
@@ -95,6 +95,7 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
         max_prompts=evals.max_prompts,
         max_len=cfg.data.max_len,
         template_args=cfg.model.template_args,
+        chat_template=None if is_run else cfg.model.chat_template,
         allow_unrendered=cfg.data.allow_unrendered,
         measures=_measures(cfg, [store.name for store in stores]),
         decoding=decoding,
@@ -105,10 +106,28 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
         run=_run(cfg, run_dir) if is_run else {},
         data={
             "sources": {store.name: store.manifest["key"] for store in stores},
-            "holdout": prepared.report["holdout"],
+            "holdout": holdout,
             "store_dir": cfg.data.store_dir,
         },
     )
+
+
+def _stores(cfg: EvaluateConfig, judged: Path | None) -> tuple[list[TokenStore], dict[str, Any]]:
+    """The stores to ask from, and what the data report says of the holdout. None for benchmarks alone; only a file of
+    the user's own where it has the split.
+
+    `judged`: without a run, the model whose tokenizer and template they are made with.
+    """
+    if cfg.evals.probes == ["benchmarks"]:
+        return [], {}
+    asked = data_request_of(cfg.data, cfg.model, held_out_alone=True)
+    if judged is not None and cfg.model.vocabulary is None:
+        asked = replace(asked, tokenizer=cfg.model.tokenizer or str(tokenizer_folder(judged)), revision=None)
+    if cfg.split == "validation" and cfg.data.val is not None and cfg.model.vocabulary is None:
+        asked = replace(asked, sources=(), holdout_lock=None)  # neither the train rows nor their lock have a say
+    prepared = prepare_small(asked, _prepare_line(), say=partial(print, flush=True))
+    own = [store for store in prepared.held_out.values() if store.manifest["splits"][cfg.split]["rows"]]
+    return own or list(prepared.stores.values()), prepared.report["holdout"]
 
 
 def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Resolve) -> Path:
@@ -124,6 +143,8 @@ def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Resolv
             )
         return export
     if cfg.model.path is None:
+        if cfg.run.dir != f"runs/{cfg.run.name}":  # somebody has named it
+            raise ConfigError(f"run.dir: given {run_dir}, required the directory of a run (it holds {snapshot.FILE})")
         raise ConfigError("evaluate: given no model, required run.dir=R, candidate=FOLDER or model.path=FOLDER")
     return resolve("model.path", cfg.model.path)
 
@@ -174,6 +195,9 @@ def _trained_elsewhere(candidate: Path, run_dir: Path, store_dir: Path) -> Itera
 def _measures(cfg: EvaluateConfig, asked: Sequence[str]) -> Measures:
     """`asked`: the names of the stores that are asked from."""
     evals, judge = cfg.evals, cfg.evals.judge
+    sources = dict.fromkeys([*asked, *cfg.data.sources])
+    if unknown := [name for name in evals.schemas if name not in sources]:
+        raise ConfigError(f"evals.schemas: given the source {unknown[0]}, required one of {', '.join(sources)}")
     endpoint = None
     if judge.url is not None:
         endpoint = Endpoint(judge.url, judge.model, os.environ.get(judge.key_variable))

@@ -37,7 +37,8 @@ from sftdist.evals.voice import Voice
 
 Say = Callable[[str], None]
 SHOWN = 10  # problems at a time
-THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+# Begun by the model or by the end of its prompt; the end is missing where the answer was cut off.
+THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>\s*|\Z)|\A(?:(?!<think>).)*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,23 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
     if spec.named:
         spec = replace(spec, folder=spec.folder.with_name(f"{spec.folder.name}-{models.facts['tuned'].sha256[:8]}"))
     others = [] if spec.base is None else [spec.base]
-    voice = Voice.load(spec.candidate, *others, arguments=spec.template_args, optional=spec.allow_unrendered)
+    voice = Voice.load(
+        spec.candidate,
+        *others,
+        arguments=spec.template_args,
+        optional=spec.allow_unrendered,
+        chat_template=spec.chat_template,
+    )
     probes = probes_of(spec.measures)
     prompts, left_out = to_ask(spec, voice, probes)
+    rows = loss_rows(spec, voice)
     say(f"{len(prompts):,} prompts for {' and '.join(models.folders)}")
     given: dict[str, Given] = {}
     for name, folder in models.folders.items():
         with clock.of(f"answers of {name}"):
             said = ask(name, folder, models.facts[name], prompts, voice, spec, world)
         with clock.of(f"scores of {name}"):
-            given[name] = scored(prompts, said, probes) if world.is_main else Given(said)
-    rows = loss_rows(spec)
+            given[name] = scored(prompts, said, probes, world) if world.is_main else Given(said)
     with clock.of("loss"):
         losses = losses_of(rows, models, voice, spec, world)
     if not world.is_main:
@@ -123,14 +130,11 @@ def to_ask(spec: SuiteSpec, voice: Voice, probes: Sequence[Probe]) -> tuple[list
     """
     measures = spec.measures
     refuse_trained(spec.stores, spec.split, spec.trained)
-    if not probes and "robustness" not in measures.probes:
+    if not probes:
         return [], {}
     asked = questions(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
     if not asked:
-        raise DataError(
-            f"evaluate: given no conversation in the {spec.split} split, required at least one; raise "
-            "data.val_fraction or data.holdout_fraction, or give data.val=FILE or data.holdout=FILE"
-        )
+        raise nothing_in(spec.split)
     if refused := voice.refused(asked):
         raise DataError("\n".join(list(refused.values())[:SHOWN]))
     prompts = prompts_of(asked, measures)
@@ -154,28 +158,45 @@ def ask(
     return {prompt.id: answer for prompt, answer in zip(prompts, said, strict=True)}
 
 
-def scored(prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequence[Probe]) -> Given:
-    """The answers of one model with all their scores, by metric."""
+def nothing_in(split: str) -> DataError:
+    """There is no row to ask or to measure."""
+    fraction, file = ("val_fraction", "val") if split == "validation" else ("holdout_fraction", "holdout")
+    return DataError(
+        f"evaluate: given no conversation in the {split} split that fits into data.max_len, required at least one; "
+        f"raise data.{fraction}, or give data.{file}=FILE"
+    )
+
+
+def scored(
+    prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequence[Probe], world: World | None = None
+) -> Given:
+    """The answers of one model with all their scores, by metric; the other ranks of `world` wait meanwhile."""
     scores: dict[str, dict[str, float]] = {}
     for prompt in prompts:
+        if world is not None:
+            world.progress.note("scoring")
         found = scores[prompt.id] = {}
         for probe in probes:
             found |= probe.score(prompt, spoken(said[prompt.id]))
     return Given(said, scores)
 
 
-def loss_rows(spec: SuiteSpec) -> list[Row]:
-    """The rows whose loss is measured: none where it is not asked for."""
+def loss_rows(spec: SuiteSpec, voice: Voice) -> list[Row]:
+    """The rows whose loss is measured: none where it is not asked for. Raises DataError where there is none, or where
+    they are tokens of another tokenizer."""
     if "loss" not in spec.measures.probes:
         return []
-    return rows_to_score(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
+    rows = rows_to_score(spec.stores, spec.split, max_len=spec.max_len, most=spec.max_prompts)
+    if not rows:
+        raise nothing_in(spec.split)
+    require_same_tokens(spec.stores, voice.template)
+    return rows
 
 
 def losses_of(rows: Sequence[Row], models: Models, voice: Voice, spec: SuiteSpec, world: World) -> dict[str, Scores]:
     """The loss on the reference answers. Collective."""
     if not rows:
         return {}
-    require_same_tokens(spec.stores, voice.template)
     dtype, device, found = spec.decoding.dtype, world.device, {}
     for name, folder in models.folders.items():
         load = partial(load_model, folder, dtype=dtype, device=device, rows=voice.rows)

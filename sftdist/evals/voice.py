@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from sftdist.core.errors import ConfigError, DataError
 from sftdist.core.storage import sha256_json
@@ -37,14 +37,17 @@ class Voice:
         *others: Path,
         arguments: Mapping[str, Any] | None = None,
         optional: Sequence[str] = (),
+        chat_template: str | None = None,
     ) -> Voice:
-        """Of model or adapter folders; `arguments` are further variables of the template (`model.template_args`).
+        """Of model or adapter folders; `arguments` are further variables of the template (`model.template_args`),
+        `chat_template` takes the place of the tuned model's own.
 
-        Raises ConfigError where no folder says how an answer ends.
+        Raises ConfigError where no folder says how an answer ends, or where the others have another tokenizer.
         """
         base = adapter_base(tuned)
-        own_tokenizer = base is None or (tuned / "tokenizer.json").is_file()
-        template = ChatTemplate.load(str(tuned if own_tokenizer else base), arguments=arguments)
+        template = ChatTemplate.load(str(tokenizer_folder(tuned)), chat_template=chat_template, arguments=arguments)
+        for other in others:
+            _require_same_tokenizer(template, tuned, other)
         folders = [adapter_base(folder) or folder for folder in (tuned, *others)]
         stops = {stop for folder in folders for stop in _stop_ids_of(folder)}
         if base is not None:  # an adapter has no generation settings: its template says what it learned to end with
@@ -103,6 +106,28 @@ class Voice:
         finished = bool(ids) and ids[-1] in self.stop_ids
         said = ids[:-1] if finished else ids
         return Answer(self.template.tokenizer.decode(list(said), skip_special_tokens=False), len(said), finished)
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model or adapter is: with an adapter, or else with its base."""
+    base = adapter_base(folder)
+    return folder if base is None or (folder / "tokenizer.json").is_file() else base
+
+
+def _require_same_tokenizer(template: ChatTemplate, tuned: Path, other: Path) -> None:
+    """A token must have the same id for both; one may know more of them, or call an id that was reserved by a name of
+    its own. A folder without a tokenizer has been given that of the other one."""
+    folder = tokenizer_folder(other)
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    known = template.tokenizer.get_vocab()
+    for token, number in AutoTokenizer.from_pretrained(str(folder)).get_vocab().items():
+        if known.get(token, number) != number:
+            raise ConfigError(
+                f"base: given {other}, whose tokenizer is another than that of {tuned} ({token!r} is {number} there "
+                f"and {known[token]} here), required a base that is asked with the same tokens; give the model that "
+                "the tuned one was made of"
+            )
 
 
 def _stop_ids_of(folder: Path) -> tuple[int, ...]:

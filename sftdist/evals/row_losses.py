@@ -60,14 +60,15 @@ def rows_to_score(stores: Sequence[TokenStore], split: str, *, max_len: int, mos
 def require_same_tokens(stores: Iterable[TokenStore], template: ChatTemplate) -> None:
     """Raises DataError where the ids of a store are other tokens to the model that is asked than they were to who made
     the store: a loss on them would say nothing."""
-    known = template.tokenizer.get_vocab()
+    known = {number: token for token, number in template.tokenizer.get_vocab().items()}
     for store in {store.manifest["ingredients"]["tokenizer"]: store for store in stores}.values():
         stored = ChatTemplate.load(str(store.path / "tokenizer")).tokenizer
         names = {number: token for token, number in stored.get_vocab().items()}
-        if other := [token for token, number in known.items() if names.get(number, token) != token]:
+        if other := sorted(number for number in known.keys() & names.keys() if known[number] != names[number]):
+            theirs, ours = known[other[0]], names[other[0]]
             raise DataError(
-                f"{store.name}: given rows of another tokenizer than that of the model (it has {other[0]!r} where the "
-                f"rows have {names[known[other[0]]]!r}), required the same for a loss; set model.tokenizer to the "
+                f"{store.name}: given rows of another tokenizer than that of the model (it has {theirs!r} where "
+                f"the rows have {ours!r}), required the same for a loss; set model.tokenizer to the "
                 "model's folder, or leave loss out of evals.probes"
             )
 

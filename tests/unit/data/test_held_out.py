@@ -145,7 +145,7 @@ def test_a_conversation_stands_there_as_it_is_trained_on(tmp_path: Path, tokeniz
     """After normalising, and whole where each turn is a row of its own."""
     talk = [{"role": "user", "content": "one\r\ntwo  "}, {"role": "assistant", "content": "e\u0301 "}]
     rows = [{"id": "a", "messages": [*talk, *talk]}]
-    mask = {"validation_fraction": 0.0, "holdout_fraction": 0.0}
+    mask: dict[str, Any] = {"validation_fraction": 0.0, "holdout_fraction": 0.0}
     made = request(tmp_path, [row(n) for n in range(9)], tokenizer, **mask)
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     mine = SourceRequest(Source("validation", str(tmp_path / "val.jsonl"), key="data.val"))

@@ -55,7 +55,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     tags: tuple[str, ...] = ()
     label_origin: str | None = None
-    checks: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict, hash=False)
     file: str = ""
     line: int = 0
 

@@ -9,6 +9,7 @@ import pytest
 from sftdist.core.errors import ConfigError
 from sftdist.core.settings import DataSettings, ModelSettings, Reasoning, TrainOn
 from sftdist.data.mask import MaskOptions, Refusal
+from sftdist.data.render import Unproven
 from sftdist.data.request import request_of
 from sftdist.data.schema import Conversation, Message
 from sftdist.data.template import ChatTemplate
@@ -98,3 +99,14 @@ def test_other_words_are_refused() -> None:
     data = DataSettings(allow_unrendered=["names"])
     with pytest.raises(ConfigError, match=r"data\.allow_unrendered: given names"):
         request_of(data, ModelSettings(path="x"), dataset=[{"messages": []}])
+
+
+def test_a_prompt_may_lose_what_its_conversation_may() -> None:
+    """What an evaluation asks is what was trained on, also where the template leaves a field out."""
+    template, plain = template_of("phi4"), template_of("phi4").encode_prompt([user("a")])
+    named, tools = [Message("user", "a", name="Ann")], [TOOL]
+    with pytest.raises(Unproven, match="template drops"):
+        template.encode_prompt(named, tools, ["name"])
+    assert template.encode_prompt(named, tools, ["name", "tools"]) == plain
+    named_template = ChatTemplate.of(byte_tokenizer(NAMED))
+    assert named_template.encode_prompt(named, (), ["name"]) != named_template.encode_prompt([user("a")])

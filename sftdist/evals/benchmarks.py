@@ -14,6 +14,7 @@ from sftdist.evals.backends.hf import load_model
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.report import Scores
 from sftdist.evals.voice import Voice
+from sftdist.evals.waiting import Beat, quiet
 
 SOURCE = "benchmarks"
 # Metrics of lm-eval that are a share of something; others have no bound that is known here.
@@ -32,12 +33,17 @@ class Measured:
 
 
 def benchmarks(
-    folders: Mapping[str, Path], tasks: Sequence[str], voice: Voice, decoding: Decoding, device: torch.device
+    folders: Mapping[str, Path],
+    tasks: Sequence[str],
+    voice: Voice,
+    decoding: Decoding,
+    device: torch.device,
+    beat: Beat = quiet,
 ) -> dict[str, Scores]:
     """`benchmarks.<task>.<metric>` for the models `tuned` and `base` (if there is one), by transformers.
 
-    Both are asked the same text, through the tuned model's template. Raises ConfigError where lm-eval is not installed
-    or a task is unknown, DataError where one cannot be run.
+    Both are asked the same text, through the tuned model's template; `beat` is called after each forward. Raises
+    ConfigError where lm-eval is not installed or a task is unknown, DataError where one cannot be run.
     """
     if not tasks:
         return {}
@@ -47,6 +53,7 @@ def benchmarks(
     found: dict[str, dict[str, Measured]] = {}
     for name, folder in folders.items():
         model = load_model(folder, dtype=decoding.dtype, device=device, rows=voice.rows)
+        model.register_forward_hook(lambda *_: beat())
         found[name] = run_tasks(
             model.eval(), voice, tasks, batch_size=decoding.batch_size, max_new_tokens=decoding.max_new_tokens
         )

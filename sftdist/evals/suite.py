@@ -34,6 +34,7 @@ from sftdist.evals.report import ROWS, EvalReport, ModelFacts, Scores
 from sftdist.evals.request import SuiteSpec
 from sftdist.evals.row_losses import Row, loss_scores, name_of, require_same_tokens, row_losses, rows_to_score
 from sftdist.evals.voice import Voice
+from sftdist.evals.waiting import Beat, on_main, quiet
 
 Say = Callable[[str], None]
 SHOWN = 10  # problems at a time
@@ -92,14 +93,15 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
         with clock.of(f"answers of {name}"):
             said = ask(name, folder, models.facts[name], prompts, voice, spec, world)
         with clock.of(f"scores of {name}"):
-            given[name] = scored(prompts, said, probes, world) if world.is_main else Given(said)
+            given[name] = on_main(world, "scoring", partial(scored, prompts, said, probes)) or Given(said)
     with clock.of("loss"):
         losses = losses_of(rows, models, voice, spec, world)
-    if not world.is_main:
+    with clock.of("benchmarks"):
+        asked = partial(benchmarks, models.folders, spec.tasks, voice, spec.decoding, world.device)
+        tasks = on_main(world, "running the tasks of lm-eval", asked)
+    if tasks is None:
         report, lines = world.broadcast_object(None)
         return Evaluated(report, lines, spec.folder)
-    with clock.of("benchmarks"):
-        tasks = benchmarks(models.folders, spec.tasks, voice, spec.decoding, world.device)
     tuned, base = given["tuned"], given.get("base")
     known = {metric.name: metric for probe in probes for metric in probe.metrics}
     metrics = {**metrics_of(prompts, known, tuned, base), **robustness_of(prompts, fall, tuned, base)}
@@ -167,17 +169,14 @@ def nothing_in(split: str) -> DataError:
     )
 
 
-def scored(
-    prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequence[Probe], world: World | None = None
-) -> Given:
-    """The answers of one model with all their scores, by metric; the other ranks of `world` wait meanwhile."""
+def scored(prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequence[Probe], beat: Beat = quiet) -> Given:
+    """The answers of one model with all their scores, by metric; `beat` is called after each prompt."""
     scores: dict[str, dict[str, float]] = {}
     for prompt in prompts:
-        if world is not None:
-            world.progress.note("scoring")
         found = scores[prompt.id] = {}
         for probe in probes:
             found |= probe.score(prompt, spoken(said[prompt.id]))
+        beat()
     return Given(said, scores)
 
 

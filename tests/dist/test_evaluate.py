@@ -10,6 +10,7 @@ import pytest
 
 from sftdist.core.distributed import World
 from sftdist.evals.looks import looks
+from sftdist.evals.waiting import Beat, on_main
 from tests.ranks import RankError, run_ranks
 from tests.suites import alone, found, home, judge, row, write_rows
 
@@ -91,3 +92,21 @@ def test_a_fault_of_the_data_ends_every_rank_with_its_own_words(folder: Path) ->
     bad = write_rows(folder / "bad.jsonl", [row(1, checks={"shema": {}})])
     with pytest.raises(RankError, match=r"given checks\.shema, which no probe knows"):
         run_ranks(judged, 2, folder, [(f"data.val={bad}", f"run.dir={folder / 'bad'}")])
+
+
+def waited(world: World, seconds: float) -> tuple[list[str] | None, list[int]]:
+    """Rank 0 works, beat after beat; then all ranks say their numbers, which shows that none is a collective ahead."""
+
+    def work(beat: Beat) -> list[str]:
+        for _ in range(5):
+            beat()
+        return ["made"]
+
+    return on_main(world, "working", work, seconds=seconds), world.gather_objects(world.rank)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_what_rank_0_does_by_itself_may_take_long(seconds: float) -> None:
+    """However often it says that it gets on."""
+    assert waited(alone(), seconds) == (["made"], [0])
+    assert run_ranks(waited, 2, seconds) == [(["made"], [0, 1]), (None, [0, 1])]

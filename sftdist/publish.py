@@ -69,6 +69,16 @@ def publish_issues(cfg: PublishConfig) -> list[str]:
     if cfg.run.dir is None or not (run_dir / snapshot.FILE).is_file():
         given = "nothing" if cfg.run.dir is None else str(cfg.run.dir)
         return [f"run.dir: given {given}, required the directory of a run (it holds {snapshot.FILE})"]
+    changed = snapshot.differences(snapshot.read_config(run_dir), cfg)
+    return release_issues(cfg) + [
+        f"{key}: the run has {before!r}, given {now!r}; a release is judged on what its run was given"
+        for key, (before, now) in changed.items()
+        if not key.startswith("export.")
+    ]
+
+
+def release_issues(cfg: PublishConfig) -> list[str]:
+    """What is wrong with a release that is asked for, whatever its run."""
     issues = []
     try:
         registry.check_name(cfg.name or "")
@@ -80,12 +90,7 @@ def publish_issues(cfg: PublishConfig) -> list[str]:
         issues.append(f"base: given {cfg.base}, but a release is compared with the base of its run; leave base out")
     if not cfg.gate.rules:
         issues.append("gate.rules: given none, required at least one; choose a gate (gate=chat) or write rules")
-    changed = snapshot.differences(snapshot.read_config(run_dir), cfg)
-    return issues + [
-        f"{key}: the run has {before!r}, given {now!r}; a release is judged on what its run was given"
-        for key, (before, now) in changed.items()
-        if not key.startswith("export.")
-    ]
+    return issues
 
 
 def run(cfg: PublishConfig) -> PublishResult:

@@ -26,9 +26,12 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from sftdist import cli
+from sftdist.commands import pipeline
 from sftdist.core import multirun, settings
 from sftdist.core.config import compose, write_config
+from sftdist.core.errors import SftdistError
 from sftdist.core.snapshot import SECTIONS
+from sftdist.core.storage import write_json
 from sftdist.core.typed import ANY_NAME, options
 from tests.conftest import ROOT
 
@@ -67,7 +70,7 @@ WORDS_OF = {
     "slurm/prepare.sbatch": "prepare",
     "slurm/evaluate.sbatch": "evaluate",
     "slurm/publish.sbatch": "publish",
-    "slurm/pipeline.sbatch": "train",
+    "slurm/pipeline.sbatch": "pipeline",
 }
 SBATCH = (
     *(
@@ -155,7 +158,12 @@ class Workshop:
         patch.chdir(folder)
         for variable in ("RANK", "SLURM_JOB_ID", "SFTDIST_DATA"):
             patch.delenv(variable, raising=False)
-        write_config(folder / "runs/quickstart", _quickstart())
+        for run in ("runs/quickstart", "runs/llama8b-4711", str(_quickstart().run.dir)):
+            write_config(folder / run, _quickstart())
+        release = folder / "registry/support-bot/v1"
+        release.mkdir(parents=True)
+        write_json(release / "release.json", {"name": "support-bot", "version": 1})
+        (release.parent / "latest").write_text("v1\n")
         patch.setattr(multirun, "_carry_out", lambda *given: 0)  # every job has been composed by then
         patch.setattr(ArgumentParser, "parse_args", _parse_only)
 
@@ -170,7 +178,7 @@ class Workshop:
 
 @cache
 def _quickstart() -> settings.TrainConfig:
-    return compose("quickstart", ["run.dir=runs/quickstart"])
+    return compose("quickstart")
 
 
 class _Wrong(Exception):
@@ -263,12 +271,21 @@ def _sftdist(words: Sequence[str]) -> None:
             code = str(cli.main([name, *rest, *shown]) or "")
     except _Parsed as parsed:
         overrides = vars(parsed.args[0]).get("overrides", [])
+        if name == "pipeline":
+            return _pipeline(overrides)
         return _sftdist(["train", *overrides]) if overrides else None
     except SystemExit as end:
         code = str(end.code or "")
     if code:
         raise _Wrong(f"exit code {code}: {said.getvalue().strip()}")
     return None
+
+
+def _pipeline(overrides: Sequence[str]) -> None:
+    try:
+        pipeline.checked(overrides)
+    except SftdistError as error:
+        raise _Wrong(str(error)) from error
 
 
 def _torchrun(words: Sequence[str]) -> None:

@@ -1,63 +1,84 @@
-"""`sftdist pipeline +exp=X ...`: prepare, train, evaluate and publish, one after another, with the same overrides."""
+"""`sftdist pipeline +exp=X name=N ...`: prepare, train, evaluate and publish, one after another."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
-from collections.abc import Sequence
-from importlib import util
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
-from sftdist import cli
-from sftdist.core import config
 from sftdist.core.agent import DONE, PREEMPTED
 from sftdist.core.children import Children
+from sftdist.core.config import compose
 from sftdist.core.distributed import PARENT_VARIABLE, STOP_SIGNALS
 from sftdist.core.errors import SftdistError
+from sftdist.core.settings import EvaluateConfig, PrepareConfig, PublishConfig, TrainConfig
+from sftdist.publish import release_issues
 
-STAGES = ("prepare", "train", "evaluate", "publish")
+STAGES: dict[str, type[TrainConfig]] = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "publish": PublishConfig,
+}
+_ALL_KEYS = {field.name for schema in STAGES.values() for field in fields(schema)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: that of the first stage that did not end with 0. Each stage is a process of its own."""
     given = _parser().parse_args(argv)
-    stages = [name for name in STAGES if name in cli.COMMANDS and util.find_spec(cli.COMMANDS[name][0])]
-    if missing := [name for name in STAGES if name not in stages]:
-        print(
-            f"pipeline: without {' and '.join(missing)}: this version of sftdist has no such command", file=sys.stderr
-        )
-    if given.stages:
-        print("\n".join(stages))
-        return DONE
     try:
-        config.compose(None, given.overrides, complete=True)  # a typo is found before the data has been prepared
+        stages, run_name = checked(given.overrides)
     except SftdistError as error:
         print(f"sftdist pipeline: error: {error}", file=sys.stderr)
         return error.exit_code
-    return run_stages(stages, given.overrides)
+    if given.plan:
+        own = [] if any(word.startswith("run.name=") for word in given.overrides) else [f"run.name={run_name}"]
+        print("\n".join(shlex.join([stage, *words, *own]) for stage, words in stages.items()))
+        return DONE
+    return run_stages(stages)
+
+
+def checked(overrides: Sequence[str]) -> tuple[dict[str, list[str]], str]:
+    """The words of each stage, and the name of the run. Raises what any stage would, before the first."""
+    stages = {stage: words_for(schema, overrides) for stage, schema in STAGES.items()}
+    cfg = compose(None, stages["publish"], PublishConfig, complete=True, checks=[release_issues])
+    for stage, words in stages.items():
+        compose(None, words, STAGES[stage], complete=True)
+    return stages, str(cfg.run.name)
+
+
+def words_for(schema: type[TrainConfig], overrides: Sequence[str]) -> list[str]:
+    """The words but those that are keys of other stages alone, such as `name` of publish; unknown ones stay, to be
+    refused."""
+    foreign = _ALL_KEYS - {field.name for field in fields(schema)}
+    return [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"), maxsplit=1)[0] not in foreign]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sftdist pipeline",
-        usage="sftdist pipeline +exp=NAME [KEY=VALUE ...]",
-        description="Prepare, train, evaluate and publish, one after another, with the same overrides. The first stage "
-        "that does not end with 0 ends the pipeline with its exit code; the same line goes on where it was. On SLURM, "
-        "slurm/pipeline.sbatch makes a job of each stage.",
+        usage="sftdist pipeline +exp=NAME name=RELEASE [KEY=VALUE ...]",
+        description="Prepare, train, evaluate and publish, one after another; each stage gets the words that it knows. "
+        "The first stage that does not end with 0 ends the pipeline with its exit code; the same line goes on where it "
+        "was. On SLURM, slurm/pipeline.sbatch makes a job of each stage.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for each stage; sftdist train --help")
-    parser.add_argument("--stages", action="store_true", help="print the stages of this version and end")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for each stage; sftdist publish --help")
+    parser.add_argument("--plan", action="store_true", help="check, print the words of each stage, and end")
     return parser
 
 
-def run_stages(stages: Sequence[str], overrides: Sequence[str]) -> int:
-    """Run the stages to the end or to the first one that fails; its exit code."""
-    for number, stage in enumerate(stages, 1):
-        print(f"pipeline: stage {number} of {len(stages)}: sftdist {stage} {shlex.join(overrides)}", flush=True)
-        code = run_stage(stage, overrides)
+def run_stages(stages: Mapping[str, Sequence[str]]) -> int:
+    """Run the stages, each with its words, to the end or to the first one that fails; its exit code."""
+    names = list(stages)
+    for number, (stage, words) in enumerate(stages.items(), 1):
+        print(f"pipeline: stage {number} of {len(stages)}: sftdist {stage} {shlex.join(words)}", flush=True)
+        code = run_stage(stage, words)
         if code:
-            print(f"sftdist pipeline: {_ended(stage, code, stages[number:])}", file=sys.stderr, flush=True)
+            print(f"sftdist pipeline: {_ended(stage, code, names[number:])}", file=sys.stderr, flush=True)
             return code
     print(f"pipeline: done, {', '.join(stages)}", flush=True)
     return DONE

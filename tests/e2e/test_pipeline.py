@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -16,24 +18,56 @@ pytestmark = pytest.mark.timeout(600)
 PIPELINE = (sys.executable, "-m", "sftdist.cli", "pipeline")
 
 
-def test_what_this_version_has(capsys: pytest.CaptureFixture[str]) -> None:
-    assert pipeline.main(["--stages"]) == 0
-    shown = capsys.readouterr()
-    stages = shown.out.split()
-    assert stages[:2] == ["prepare", "train"]
-    assert all((name in stages) != (name in shown.err) for name in pipeline.STAGES), "the others are named"
+def test_each_stage_gets_the_words_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    for_all = ["+exp=quickstart", "data.holdout_lock=my.json", "run.note='a  *'", "++seed=1"]
+    own = ["name=desk", "++hub_private=false", "lock=write", "base=null"]
+    assert pipeline.main(["--plan", *for_all, *own]) == 0
+    plan = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(plan) == ["prepare", "train", "evaluate", "publish"]
+    (run_name,) = {shlex.split(line)[-1] for line in plan.values()}
+    assert re.fullmatch(r"run\.name=quickstart-[0-9a-f]{8}", run_name)
+    assert {
+        stage: [word for word in shlex.split(line) if word not in (*for_all, run_name)] for stage, line in plan.items()
+    } == {
+        "prepare": ["lock=write"],
+        "train": [],
+        "evaluate": ["base=null"],
+        "publish": ["name=desk", "++hub_private=false", "base=null"],
+    }
 
 
-def test_a_typo_is_found_before_the_first_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert pipeline.main(["+exp=quickstart", "optimizer.learning_rate=1"]) == 2
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["name=desk", "optimizer.learning_rate=1"],
+            "optimizer.learning_rate: unknown key; did you mean optimizer.lr?",
+        ),
+        (["name=desk", "nmae=desk"], "nmae: unknown key; did you mean name?"),
+        ([], "name: given '', required letters"),
+        (["name=desk", "split=validation"], "split: given validation, but a release is decided on the holdout"),
+        (["name=desk", "gate.rules=[]"], "gate.rules: given none, required at least one"),
+    ],
+)
+def test_what_any_stage_would_refuse_is_refused_before_the_first(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline.main(["+exp=quickstart", *words]) == 2
     shown = capsys.readouterr()
-    assert "sftdist pipeline: error: optimizer.learning_rate: unknown key; did you mean optimizer.lr?" in shown.err
+    assert f"sftdist pipeline: error: {said}" in shown.err
     assert "stage" not in shown.out
 
 
 def test_the_first_stage_that_fails_ends_it(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("no JSON\n")
-    words = ["+exp=full", "model.path=model", "data.train=bad.jsonl", "model.tokenizer=nowhere"]
+    words = [
+        "+exp=full",
+        "model.path=model",
+        "data.train=bad.jsonl",
+        "model.tokenizer=nowhere",
+        "name=bot",
+        "gate=chat",
+    ]
     done = sftdist(["pipeline", *words], tmp_path)
     assert done.returncode not in (0, 75), done.stderr
     assert f"sftdist pipeline: prepare failed with exit code {done.returncode}; not run: train" in done.stderr
@@ -43,7 +77,7 @@ def test_the_first_stage_that_fails_ends_it(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_stop_reaches_the_stage_and_the_same_line_goes_on(home: Path) -> None:
-    command = [*PIPELINE, *KEYS, "train.max_steps=15", "run.dir=runs/line"]
+    command = [*PIPELINE, *KEYS, "name=bot", "gate=chat", "train.max_steps=15", "run.dir=runs/line"]
     run_dir = home / "runs/line"
     with Running(command, home) as job:
         job.until_step(run_dir, 3)

@@ -20,8 +20,11 @@ here="$HOME_OF_TEST/$SLURM_JOB_ID-$SLURM_NODEID-${SLURM_RESTART_COUNT:-0}"
 printf '%s\\0' "$0" "$@" >"$here"
 env -0 >"$here.env"
 case "$*" in
-"pipeline --stages") printf 'prepare\\ntrain\\npublish\\n'; exit ;;
-*"--cfg job"*) printf 'seed: 0\\nrun:\\n  dir: d\\n  name: full-%s\\ndata:\\n  name: x\\n' "$SLURM_JOB_ID"; exit ;;
+*do-pipeline=2*) exit 2 ;;
+"pipeline --plan "*)
+    shift 2
+    for stage in prepare train publish; do echo "$stage$(printf ' %q' "$@" "run.name=full-$SLURM_JOB_ID")"; done
+    exit ;;
 esac
 do="$(printf '%s\\n' "$@" | sed -n "s/^do=//p;s/^do-$SLURM_NODEID=//p;s/^do-$1=//p" | tail -n 1)"
 case "$do" in
@@ -237,7 +240,7 @@ def test_a_sweep_inside_of_one_job(desk: Desk) -> None:
 def test_a_pipeline_is_a_chain_of_jobs(desk: Desk) -> None:
     """The stage behind one that is requeued waits for its end."""
     own = "--nodes=2 --comment=mine"
-    given = ["+exp=full", "run.note='a b'", "do-train=once"]
+    given = ["+exp=full", "run.note='a  *'", "do-train=once"]
     job = desk.submit("pipeline.sbatch", *given, options=("--mem-per-cpu=100",), SFTDIST_TRAIN_OPTIONS=own)
     assert desk.cluster.end(job) == ("COMPLETED", 0), desk.cluster.log(job)
     prepare, train, publish = stages_of(desk, job)
@@ -253,12 +256,18 @@ def test_a_pipeline_is_a_chain_of_jobs(desk: Desk) -> None:
 
 
 def test_a_stage_that_fails_ends_the_pipeline(desk: Desk) -> None:
-    job = desk.submit("pipeline.sbatch", "+exp=full", "run.name=mine", "do-train=3")
+    job = desk.submit("pipeline.sbatch", "+exp=full", "do-train=3")
     assert desk.cluster.end(job) == ("COMPLETED", 0), desk.cluster.log(job)
     _, train, publish = stages_of(desk, job)
     assert desk.cluster.end(train) == ("FAILED", 3)
-    assert desk.words(train) == ["train", "+exp=full", "run.name=mine", "do-train=3"]
+    assert desk.words(train) == ["train", "+exp=full", "do-train=3", f"run.name=full-{job}"]
     assert desk.cluster.end(publish)[0] == "CANCELLED"
+
+
+def test_a_pipeline_that_may_not_begin_submits_nothing(desk: Desk) -> None:
+    job = desk.submit("pipeline.sbatch", "+exp=full", "do-pipeline=2")
+    assert desk.cluster.end(job) == ("FAILED", 2)
+    assert stages_of(desk, job) == []
 
 
 def stages_of(desk: Desk, job: str) -> list[str]:

@@ -144,13 +144,15 @@ def test_a_sweep_of_three_mixtures_is_one_array(cluster: Cluster) -> None:
 
 @pytest.mark.long
 def test_a_pipeline_has_one_run_for_all_stages(cluster: Cluster, whole: Path) -> None:
-    job = cluster.submit("pipeline.sbatch", "+exp=quickstart", *QUICKSTART, SFTDIST_TRAIN_OPTIONS="--nodes=2")
+    job = cluster.submit(
+        "pipeline.sbatch", "+exp=quickstart", "name=desk", *QUICKSTART, SFTDIST_TRAIN_OPTIONS="--nodes=2"
+    )
     succeed(cluster, job)
     prepare, train = [line.split("job ")[1] for line in cluster.log(job).splitlines() if ": job " in line][:2]
     for stage in (prepare, train):
         succeed(cluster, stage)
     assert curve(cluster.home / f"runs/quickstart-{job}") == curve(whole)
-    typo = cluster.submit("pipeline.sbatch", "+exp=quickstart", "optimizer.learning_rate=1")
+    typo = cluster.submit("pipeline.sbatch", "+exp=quickstart", "name=desk", "optimizer.learning_rate=1")
     assert cluster.end(typo) == ("FAILED", 2)
     assert "did you mean optimizer.lr?" in cluster.log(typo)
     assert ": job " not in cluster.log(typo), "nothing is submitted"

@@ -49,7 +49,7 @@ WRONG = [
     ("sftdist plan +exp=llama8b cluster.gpu=8", "exit code 2"),
     ("sftdist export run.dir=runs/none step=best", "exit code 2"),
     ("sftdist runs checkpoints R --quick", "exit code 2"),
-    ("sftdist pipeline +exp=quickstart data.maxlen=3", "exit code 2"),
+    ("sftdist pipeline +exp=quickstart data.maxlen=3", "unknown key; did you mean data.max_len?"),
     ("torchrun --nproc-per-rank 2 -m sftdist.train +exp=quickstart", "no command line of torchrun"),
     ("torchrun --nproc-per-node 2 -m sftdist.train +exp=quickstart trian.epochs=1", "exit code 2"),
     ("torchrun --nproc-per-node 2 train.py", "required -m sftdist.COMMAND"),

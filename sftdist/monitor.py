@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,9 +157,9 @@ def command(cfg: MonitorConfig) -> int:
     return GateError.exit_code if found.changed else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """The command line: `sftdist monitor release=NAME@vN traffic=FILE [to_label=FILE] [regression=true]`."""
-    return config.main(MonitorConfig, command, "monitor", argv, checks=[issues])
+    return config.main(MonitorConfig, command, "monitor", checks=[issues])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sftdist import monitor
+from sftdist import cli, monitor
 from sftdist.assets import desk
 from sftdist.core.settings import RowShape, TrainConfig
 from sftdist.core.snapshot import write_config
@@ -106,7 +106,7 @@ def shifted() -> list[Row]:
 
 
 def run(*words: str) -> int:
-    return monitor.main(["release=bot@v1", "report=out", *words])
+    return cli.main(["monitor", "release=bot@v1", "report=out", *words])
 
 
 def test_usual_traffic_is_no_drift(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_every_look_is_kept_and_the_release_is_not_touched(home: Path) -> None:
     (home / "own").mkdir()
     shutil.copytree(home / "registry" / "bot", home / "own" / "bot")
     for _ in range(2):
-        assert monitor.main(["release=bot", "registry=own", "traffic=live.jsonl"]) == 0
+        assert cli.main(["monitor", "release=bot", "registry=own", "traffic=live.jsonl"]) == 0
     folder = home / "own" / "bot" / "monitor" / "v1"
     assert len(list(read_jsonl(folder / monitor.HISTORY))) == 2
     assert (folder / "monitor.html").is_file()
@@ -185,7 +185,7 @@ def test_what_cannot_be_compared_is_refused(
     traffic("live.jsonl", usual())
     traffic("few.jsonl", usual()[:10])
     traffic("bad.jsonl", [*usual()[:90], *[{"question": "?"}] * 2])
-    assert monitor.main(words) == code
+    assert cli.main(["monitor", *words]) == code
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
 
@@ -220,7 +220,7 @@ def test_a_release_whose_weights_have_changed_is_not_asked(home: Path, capsys: p
     content[-1] ^= 1
     weights.chmod(0o644)
     weights.write_bytes(content)
-    assert monitor.main(["release=bot", "registry=own", "traffic=live.jsonl", "regression=true"]) == 4
+    assert cli.main(["monitor", "release=bot", "registry=own", "traffic=live.jsonl", "regression=true"]) == 4
     assert "model.safetensors" in capsys.readouterr().err
 
 

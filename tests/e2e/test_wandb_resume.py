@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sftdist import train
+from sftdist.training import wandb_process
 from sftdist.training.tracking import Tracker
 from sftdist.training.wandb_sink import STEP
 from tests.e2e.workshop import SMALL, evaluations, metrics, status
@@ -67,7 +68,7 @@ class Watched:
 
     def __call__(self, rank: int, pipe: Any) -> None:
         os.environ.update(self.environment)
-        loop, opened = train.run_loop, partial(train.open_wandb, close_seconds=self.close_seconds)
+        loop, opened = train.run_loop, partial(wandb_process.open_wandb, close_seconds=self.close_seconds)
 
         def run_loop(*given: Any) -> Any:
             began = time.monotonic()
@@ -81,7 +82,7 @@ class Watched:
             return sinks
 
         train.run_loop = run_loop  # type: ignore[assignment]
-        train.open_wandb = open_wandb
+        wandb_process.open_wandb = open_wandb
         train.export_model = lambda engine, template, folder, *more, **options: folder
 
 

@@ -252,6 +252,7 @@ def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
             if not isinstance(merged.exp, str):
                 words.refuse(f"conf/exp/{chosen['exp']}.yaml: its first line must be '# @package _global_'", "exp")
             merged.exp = chosen["exp"]
+        _leave_replaced(merged, words)
         for override in words.values:
             _apply(merged, override, words.issues)
         return resolved(merged, words.issues)
@@ -279,6 +280,21 @@ def _chosen(group: str, name: str, words: Words) -> bool:
     words.refused.append(group)
     words.issues.append(f"{group}={name}: not in conf/{group}, which has {', '.join(available)}{meant}{path}")
     return False
+
+
+def _leave_replaced(merged: DictConfig, words: Words) -> None:
+    """Sources that are replaced or removed take along what the files of conf say of their answers."""
+    train, sources, schemas = (
+        OmegaConf.select(merged, key, throw_on_resolution_failure=False)
+        for key in ("data.train", "data.sources", "evals.schemas")
+    )
+    if not isinstance(sources, DictConfig) or not isinstance(schemas, DictConfig):
+        return
+    removed = {override.key_or_group for override in words.values if override.is_delete()}
+    replaced = words.value("data.train") is not None or train is not None or "data.sources" in removed
+    for name in sources:
+        if (replaced and name != "train") or f"data.sources.{name}" in removed:
+            schemas.pop(name, None)
 
 
 def _apply(merged: DictConfig, override: Override, issues: list[str]) -> None:

@@ -384,6 +384,34 @@ def test_a_users_own_data_replaces_the_presets_sources() -> None:
     assert (cfg.data.sources["train"].shape, cfg.data.sources["train"].path) == ("alpaca", "my.jsonl")
 
 
+@pytest.mark.parametrize("words", [["data.train=my.jsonl"], ["~data.sources.format"], ["data.train=my.jsonl", "seed=3"]])
+def test_a_source_that_is_replaced_takes_its_schema_along(words: list[str]) -> None:
+    assert compose("quickstart").evals.schemas.keys() == {"format"}
+    assert compose("quickstart", words).evals.schemas == {}
+
+
+def test_what_the_user_says_of_a_source_stays_to_be_used_or_refused() -> None:
+    """Also where the preset has a source of that name: only its own schema goes with it."""
+    for name in ("train", "format", "fromat"):
+        cfg = compose("quickstart", ["data.train=my.jsonl", f"evals.schemas.{name}=x.json"])
+        assert cfg.evals.schemas == {name: "x.json"}
+    assert compose("quickstart", ["evals.schemas.fromat=x.json"]).evals.schemas.keys() == {"format", "fromat"}
+
+
+def test_a_users_preset_may_replace_the_sources_of_another(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "exp").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [quickstart, _self_]\ndata: {train: my.jsonl}\n"
+    (tmp_path / "conf" / "exp" / "mine.yaml").write_text(text)
+    cfg = compose("mine")
+    assert (list(cfg.data.sources), cfg.evals.schemas) == (["train"], {})
+
+
+@pytest.mark.parametrize("section", ["evals.schemas", "data.sources"])
+def test_no_section_where_one_is_required_is_an_issue_beside_data_of_ones_own(section: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}: given null, required a section"):
+        compose("quickstart", ["data.train=my.jsonl", f"{section}=null"])
+
+
 # The working directory's conf
 
 

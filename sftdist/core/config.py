@@ -292,7 +292,7 @@ def _leave_replaced(merged: DictConfig, words: Words) -> None:
         return
     removed = {override.key_or_group for override in words.values if override.is_delete()}
     replaced = words.value("data.train") is not None or train is not None or "data.sources" in removed
-    for name in sources:
+    for name in map(str, sources):
         if (replaced and name != "train") or f"data.sources.{name}" in removed:
             schemas.pop(name, None)
 

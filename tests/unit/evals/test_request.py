@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sftdist.assets import quickstart
 from sftdist.core import snapshot
 from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError, DataError
@@ -173,3 +174,18 @@ def test_what_is_decided_by_the_config_stands_in_the_spec(shop: Path) -> None:
     assert (spec.max_prompts, spec.measures.seed, spec.cache) == (7, 5, Path("kept"))
     assert list(spec.allow_unrendered) == ["tools"]
     assert json.dumps(spec.data), "it goes into the report"
+
+
+def test_data_of_ones_own_in_place_of_the_quickstarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prepare makes its store, and evaluate asks from it; the schema of a source that is gone is no misspelt one."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "my.jsonl", 40)
+    cfg = compose("quickstart", [*DATA, "data.train=my.jsonl", "candidate=quickstart/base"], EvaluateConfig)
+    quickstart.lay_out(cfg)
+    assert list(prepare(data_request_of(cfg.data, cfg.model)).stores) == ["train"]
+    spec = request_of(cfg, lambda key, name: Path(name), torch.device("cpu"))
+    assert [store.name for store in spec.stores] == ["train"]
+    assert spec.measures.schemas == {}
+    cfg.evals.schemas = {"format": "my.jsonl"}  # a user's own word
+    with pytest.raises(ConfigError, match="given the source format, required one of train"):
+        request_of(cfg, lambda key, name: Path(name), torch.device("cpu"))

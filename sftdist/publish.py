@@ -18,6 +18,7 @@ from transformers.utils import logging
 from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import World, session
 from sftdist.core.errors import CheckpointError, ConfigError, GateError
+from sftdist.core.rules import BROUGHT_ALONG
 from sftdist.core.runfacts import DATA, run_facts
 from sftdist.core.settings import PublishConfig
 from sftdist.core.storage import MANIFEST, disk_explained, read_json, read_jsonl, read_manifest, sha256_file, write_text
@@ -38,6 +39,7 @@ from sftdist.release.changelog import CHANGELOG, REPORT_FOLDER, Contents, change
 from sftdist.release.gate import Decision
 from sftdist.release.hub import CARD, push, require_card
 from sftdist.release.registry import Draft, Entries, Release
+from sftdist.release.rule import read_rules
 from sftdist.release.soundness import Training, faults
 from sftdist.training.ending import LEDGER
 from sftdist.training.offline import OUTLINE
@@ -90,7 +92,21 @@ def release_issues(cfg: PublishConfig) -> list[str]:
         issues.append(f"base: given {cfg.base}, but a release is compared with the base of its run; leave base out")
     if not cfg.gate.rules:
         issues.append("gate.rules: given none, required at least one; choose a gate (gate=chat) or write rules")
-    return issues
+    return [*issues, *absent_sources(cfg)]
+
+
+def absent_sources(cfg: PublishConfig) -> list[str]:
+    """Rules that would be refused after all the work, because there is no such source in the data."""
+    rules, _ = read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)
+    sources = [HOLDOUT] if cfg.data.holdout is not None else list(cfg.data.sources)
+    known = tuple(f"{name}." for name in (*sources, *BROUGHT_ALONG))
+    absent = [rule.text for rule in rules if not rule.optional and not rule.metric.startswith(("*", *known))]
+    if not absent:
+        return []
+    return [
+        f"gate.rules: given {', '.join(absent)}, but the sources of the data are {', '.join(sources)}; "
+        "choose a gate that names no source, such as gate=chat, or write gate.rules for yours"
+    ]
 
 
 def run(cfg: PublishConfig) -> PublishResult:

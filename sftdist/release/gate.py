@@ -155,9 +155,18 @@ def _verdicts(rule: Rule, report: EvalReport, last: EvalReport | None) -> list[V
         return [_verdict(rule, name, report, last) for name in names]
     if rule.optional:
         return [Verdict(rule.text, rule.metric, Outcome.skipped, "not measured, and optional")]
-    near = nearest(rule.metric, sorted(report.metrics))
-    meant = f"did you mean {near}?" if near else f"measured are {_some(sorted(report.metrics))}"
-    return [Verdict(rule.text, rule.metric, Outcome.refused, f"no metric of this name was measured; {meant}")]
+    return [Verdict(rule.text, rule.metric, Outcome.refused, _absent(rule.metric, sorted(report.metrics)))]
+
+
+def _absent(metric: str, measured: Sequence[str]) -> str:
+    """What was measured instead, and what to do."""
+    near = nearest(metric, list(measured))
+    meant = f"did you mean {near}" if near else None
+    source, sources = metric.rpartition(".")[0], sorted({name.rpartition(".")[0] for name in measured})
+    if not source or "*" in source or source in sources:
+        return f"no metric of this name was measured; {f'{meant}?' if meant else f'measured are {_some(measured)}'}"
+    other = "choose a gate that names no source, such as gate=chat, or write gate.rules for yours"
+    return f"nothing of {source} was measured, only of {_some(sources)}; {f'{meant}? Or ' if meant else ''}{other}"
 
 
 def _verdict(rule: Rule, name: str, report: EvalReport, last: EvalReport | None) -> Verdict:

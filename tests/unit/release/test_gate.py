@@ -254,8 +254,11 @@ def test_a_metric_without_data_is_refused() -> None:
         ("generl.exact_match", "did you mean general.exact_match?"),
         ("*.exact_mach", "did you mean general.exact_match?"),
         ("exact_match", "did you mean general.exact_match?"),
-        ("something.else", "measured are general.exact_match"),
+        ("something.else", "nothing of something was measured, only of general"),
         ("general.*.exact_match", "did you mean general.exact_match?"),
+        ("format.schema_valid", "nothing of format was measured, only of general; choose a gate that names no source"),
+        ("format.exact_match", "did you mean general.exact_match? Or choose a gate that names no source"),
+        ("general.chrf", "no metric of this name was measured; measured are general.exact_match"),
     ],
 )
 def test_a_metric_that_is_not_there_is_refused(metric: str, words: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging
 
 from sftdist.core import config
 from sftdist.core.distributed import session
@@ -150,6 +151,7 @@ def _paths(traffic: Any) -> list[str]:
 
 def command(cfg: MonitorConfig) -> int:
     """Look, say what was found, and exit: 0, or 4 where something has changed."""
+    logging.disable_progress_bar()
     found = run(cfg)
     console = Console(highlight=False)
     for line in (*summary_lines(found.report), f"the report: {found.page}"):

@@ -17,7 +17,7 @@ PAGE = "monitor.html"
 def page(report: Mapping[str, Any]) -> str:
     """The page of a report of `monitoring.monitor_report`; everything from the traffic is escaped."""
     template = page_template("monitor.html", filters={"percent": percent, "interval": _interval, "shares": _shares})
-    return template.render(report=report, bar=bar, changed=report["drift"] or bool(report["regression"]))
+    return template.render(report=report, bar=bar, changed=report["drift"] or report["regressed"])
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:

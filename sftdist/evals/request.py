@@ -100,7 +100,7 @@ def request_of(cfg: EvaluateConfig, resolve: Resolve, device: torch.device) -> S
         measures=_measures(cfg, [store.name for store in stores]),
         decoding=decoding,
         cache=Path(evals.cache or Path(cfg.data.store_dir) / "answers"),
-        folder=run_dir / "report" / cfg.split,
+        folder=run_dir / "report" / ("benchmarks" if evals.probes == ["benchmarks"] else cfg.split),
         named=is_run and cfg.candidate is not None,
         tasks=cfg.tasks,
         run=_run(cfg, run_dir) if is_run else {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module, util
 from pathlib import Path
 
@@ -23,13 +23,22 @@ SHARES = frozenset({"acc", "acc_norm", "acc_mutual_info", "acc_bytes", "exact_ma
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of a task: ids of documents and their values, in the same order."""
+    """One metric of a task: ids of documents, their values and the hashes of what was asked, in the same order."""
 
     task: str
     metric: str
     ids: list[str]
     values: list[float]
+    asked: list[str]
     higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class Benchmarked:
+    """`benchmarks.<task>.<metric>`, and for each document the hash of what was asked and of what is right."""
+
+    metrics: dict[str, Scores] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
 
 
 def benchmarks(
@@ -39,14 +48,14 @@ def benchmarks(
     decoding: Decoding,
     device: torch.device,
     beat: Beat = quiet,
-) -> dict[str, Scores]:
-    """`benchmarks.<task>.<metric>` for the models `tuned` and `base` (if there is one), by transformers.
+) -> Benchmarked:
+    """What the models `tuned` and `base` (if there is one) make of the tasks, by transformers.
 
     Both are asked the same text, through the tuned model's template; `beat` is called after each forward. Raises
     ConfigError where lm-eval is not installed or a task is unknown, DataError where one cannot be run.
     """
     if not tasks:
-        return {}
+        return Benchmarked()
     require_lm_eval(tasks)
     # By name: the file imports lm_eval, which is not there everywhere.
     run_tasks = import_module("sftdist.evals.backends.lm_eval").run_tasks
@@ -58,10 +67,13 @@ def benchmarks(
             model.eval(), voice, tasks, batch_size=decoding.batch_size, max_new_tokens=decoding.max_new_tokens
         )
     base = found.get("base")
-    return {
+    metrics = {
         f"{SOURCE}.{metric}": _scores(metric, of_tuned, None if base is None else base[metric])
         for metric, of_tuned in found["tuned"].items()
     }
+    return Benchmarked(
+        metrics, {id: asked for one in found["tuned"].values() for id, asked in zip(one.ids, one.asked, strict=True)}
+    )
 
 
 def require_lm_eval(tasks: Sequence[str], *, asked: bool = False) -> None:

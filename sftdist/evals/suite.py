@@ -113,11 +113,15 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
         base=models.facts.get("base"),
         decoding=spec.decoding.facts(),
         data={**spec.data, "prompts": counts(prompts), "left_out": left_out},
-        metrics={**metrics, **losses, **tasks},
+        metrics={**metrics, **losses, **tasks.metrics},
         run=spec.run,
         versions=versions(),
         seconds=clock.seconds,
-        asked={**{row.id: row.content for row in rows}, **{prompt.id: prompt.sha256 for prompt in prompts}},
+        asked={
+            **tasks.asked,
+            **{row.id: row.content for row in rows},
+            **{prompt.id: prompt.sha256 for prompt in prompts},
+        },
     )
     report.write(spec.folder)
     write_jsonl(spec.folder / ROWS, lines)

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedModel
 
 from sftdist.core.errors import ConfigError, DataError
+from sftdist.core.storage import sha256_json
 from sftdist.data.message import Message
 from sftdist.data.render import Unproven
 from sftdist.evals.benchmarks import Measured
@@ -152,7 +153,9 @@ def _values(task: str, samples: Sequence[Mapping[str, Any]], better: Mapping[str
             # A pair, say, which only the mean over all documents makes a number of (bleu, perplexity).
             if isinstance(sample[metric], int | float) and math.isfinite(sample[metric]):
                 behind = "" if sample["filter"] == NO_FILTER else f".{sample['filter']}"
-                one = found.setdefault(f"{task}.{metric}{behind}", Measured(task, metric, [], [], better.get(metric)))
+                name = f"{task}.{metric}{behind}"
+                one = found.setdefault(name, Measured(task, metric, [], [], [], better.get(metric)))
                 one.ids.append(f"{task}/{sample['doc_id']}")
                 one.values.append(float(sample[metric]))
+                one.asked.append(sha256_json([sample[f"{what}_hash"] for what in ("doc", "prompt", "target")]))
     return found

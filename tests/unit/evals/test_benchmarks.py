@@ -14,7 +14,7 @@ from sftdist.core.errors import ConfigError, DataError
 from sftdist.data.message import Message
 from sftdist.evals import benchmarks as module
 from sftdist.evals.backends.hf import HfEngine
-from sftdist.evals.benchmarks import Measured, benchmarks, require_lm_eval
+from sftdist.evals.benchmarks import Benchmarked, Measured, benchmarks, require_lm_eval
 from sftdist.evals.decoding import Decoding
 from sftdist.evals.prompts import Prompt
 from sftdist.evals.voice import Voice
@@ -91,7 +91,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_models_on_two_tasks_of_ones_own(tasks: Path, other: Path) -> None:
     voice = Voice.load(BASE, other)
     files = [str(tasks / "choice.yaml"), str(tasks / "write.yaml")]
-    found = benchmarks({"tuned": BASE, "base": other}, files, voice, decoding(), CPU)
+    both = benchmarks({"tuned": BASE, "base": other}, files, voice, decoding(), CPU)
+    found = both.metrics
     assert sorted(found) == [
         "benchmarks.rooms_choice.acc",
         "benchmarks.rooms_write.exact_match.number",
@@ -105,8 +106,16 @@ def test_two_models_on_two_tasks_of_ones_own(tasks: Path, other: Path) -> None:
     assert (choice.low, choice.high, choice.higher_is_better) == (0.0, 1.0, True)
     # In another order and in other batches: the same values.
     alone = benchmarks({"tuned": other}, files[:1], voice, Decoding(8, 1), CPU)
-    assert alone["benchmarks.rooms_choice.acc"].tuned == choice.base
-    assert alone["benchmarks.rooms_choice.acc"].base is None
+    assert alone.metrics["benchmarks.rooms_choice.acc"].tuned == choice.base
+    assert alone.metrics["benchmarks.rooms_choice.acc"].base is None
+    # Another model was asked the same, by which a release and the one before it are compared.
+    assert {*both.asked} == {f"rooms_{task}/{place}" for task in ("choice", "write") for place in range(6)}
+    assert len(set(both.asked.values())) == 12
+    assert alone.asked.items() < both.asked.items()
+    rows = (tasks / "rows.jsonl").read_text()
+    (tasks / "rows.jsonl").write_text(rows.replace('"gold": 1', '"gold": 0', 1))
+    changed = benchmarks({"tuned": other}, files[:1], voice, decoding(), CPU).asked
+    assert [id for id, asked in alone.asked.items() if changed[id] != asked] == ["rooms_choice/1"]
 
 
 def test_an_answer_is_that_of_the_engine(tasks: Path) -> None:
@@ -122,7 +131,7 @@ def test_an_answer_is_that_of_the_engine(tasks: Path) -> None:
     (tasks / "rows.jsonl").write_text(json.dumps(row) + "\n")
     found = benchmarks({"tuned": BASE}, [str(tasks / "write.yaml")], voice, decoding(), CPU)
     assert said.strip()
-    assert found["benchmarks.rooms_write.exact_match.whole"].tuned == [1.0]
+    assert found.metrics["benchmarks.rooms_write.exact_match.whole"].tuned == [1.0]
 
 
 def test_tasks_that_cannot_be_run(tasks: Path) -> None:
@@ -159,11 +168,11 @@ def test_without_lm_eval_it_is_said_how_to_install_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'sftdist\[evals\]'"):
         benchmarks({"tuned": BASE}, ["gsm8k"], Voice.load(BASE), decoding(), CPU)
-    assert benchmarks({"tuned": BASE}, [], Voice.load(BASE), decoding(), CPU) == {}
+    assert benchmarks({"tuned": BASE}, [], Voice.load(BASE), decoding(), CPU) == Benchmarked()
 
 
 def test_two_models_are_compared_on_the_same_documents_only() -> None:
-    one, two = (Measured("t", "acc", ids, [1.0] * len(ids), True) for ids in (["t/0", "t/1"], ["t/0"]))
+    one, two = (Measured("t", "acc", ids, [1.0] * len(ids), ids, True) for ids in (["t/0", "t/1"], ["t/0"]))
     with pytest.raises(DataError, match="2 documents of the tuned model and 1 others"):
         module._scores("t.acc", one, two)
 

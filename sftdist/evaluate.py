@@ -21,6 +21,7 @@ from sftdist.core.errors import ConfigError
 from sftdist.core.runfacts import run_facts
 from sftdist.core.settings import EvaluateConfig
 from sftdist.evals.advice import advise
+from sftdist.evals.benchmarks import SOURCE
 from sftdist.evals.looks import look
 from sftdist.evals.page import write_page
 from sftdist.evals.report import EvalReport
@@ -29,7 +30,7 @@ from sftdist.evals.suite import Evaluated, evaluate
 from sftdist.evals.summary import summary
 from sftdist.release.gate import Decision, decide
 from sftdist.release.models import model_folder
-from sftdist.release.rule import read_rules
+from sftdist.release.rule import Rule, read_rules
 from sftdist.watch import watch_run
 
 MODULE = "sftdist.evaluate"
@@ -122,17 +123,24 @@ def named_model(cfg: EvaluateConfig, key: str, name: str) -> Path:
 
 
 def judged(
-    cfg: EvaluateConfig, spec: SuiteSpec, world: World, say: Say, *, last: EvalReport | None = None
+    cfg: EvaluateConfig,
+    spec: SuiteSpec,
+    world: World,
+    say: Say,
+    *,
+    last: EvalReport | None = None,
+    preview: bool = True,
 ) -> EvaluateResult:
     """Ask both models, score, hold the gate's rules against the report, and write all of it. Collective.
 
-    `last`: the report of the last release. A look at the holdout is written down before the first prompt is asked.
+    `last`: the report of the last release. `preview`: nothing hangs on the gate's decision, which is left out where it
+    would say nothing. A look at the holdout is written down before the first prompt is asked.
     """
     if spec.split == HOLDOUT:
         looks = look(Path(cfg.data.store_dir), spec.candidate) if world.is_main else 0
         spec = replace(spec, data={**spec.data, "looks": world.broadcast_object(looks)})
     evaluated = evaluate(spec, world, say)
-    decision = decided(cfg, evaluated, last)
+    decision = None if preview and benchmarks_alone(cfg) else decided(cfg, evaluated, last)
     page = spec.folder / "report.html"
     if world.is_main:
         page = shown(cfg, evaluated, decision, say)
@@ -140,10 +148,20 @@ def judged(
     return EvaluateResult(evaluated.report, page, decision)
 
 
+def benchmarks_alone(cfg: EvaluateConfig) -> bool:
+    """Only benchmarks are asked for, and no rule of the gate is about one: all of them would be refused."""
+    rules = rules_of(cfg)
+    return cfg.evals.probes == [SOURCE] and bool(rules) and not any(rule.metric.startswith(SOURCE) for rule in rules)
+
+
+def rules_of(cfg: EvaluateConfig) -> list[Rule]:
+    """The rules of the gate; `gate_issues` has those that cannot be read."""
+    return read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)[0]
+
+
 def decided(cfg: EvaluateConfig, evaluated: Evaluated, last: EvalReport | None) -> Decision | None:
     """What the gate says; None without rules."""
-    gate, report = cfg.gate, evaluated.report
-    rules, _ = read_rules(gate.rules, min_prompts=gate.min_prompts, confidence=gate.confidence)
+    rules, report = rules_of(cfg), evaluated.report
     return decide(rules, report, model_sha256=report.tuned.sha256, last=last) if rules else None
 
 
@@ -172,7 +190,9 @@ def shown(cfg: EvaluateConfig, evaluated: Evaluated, decision: Decision | None, 
         run=run,
         confidence=cfg.evals.confidence,
     )
-    if decision is None:
+    if decision is None and cfg.gate.rules:
+        say("gate: not asked: only benchmarks were measured, and no rule is about one")
+    elif decision is None:
         say("gate: none is given; choose one of conf/gate (gate=chat) or write gate.rules")
     else:
         decision.write(evaluated.folder)

@@ -31,7 +31,7 @@ from sftdist.evals.profile import LEAST_PROMPTS, PROFILE, profile_of
 from sftdist.evals.report import REPORT, ROWS, EvalReport
 from sftdist.evals.request import SuiteSpec
 from sftdist.evals.user_turns import prompts_of
-from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, silent, spec_of
+from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, rules_of, silent, spec_of
 from sftdist.fresh_answer import answer_of
 from sftdist.release import registry
 from sftdist.release.card import Card
@@ -39,7 +39,6 @@ from sftdist.release.changelog import CHANGELOG, REPORT_FOLDER, Contents, change
 from sftdist.release.gate import Decision
 from sftdist.release.hub import CARD, push, require_card
 from sftdist.release.registry import Draft, Entries, Release
-from sftdist.release.rule import read_rules
 from sftdist.release.soundness import Training, faults
 from sftdist.training.ending import LEDGER
 from sftdist.training.offline import OUTLINE
@@ -97,10 +96,9 @@ def release_issues(cfg: PublishConfig) -> list[str]:
 
 def absent_sources(cfg: PublishConfig) -> list[str]:
     """Rules that would be refused after all the work, because there is no such source in the data."""
-    rules, _ = read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)
     sources = [HOLDOUT] if cfg.data.holdout is not None else list(cfg.data.sources)
     known = tuple(f"{name}." for name in (*sources, *BROUGHT_ALONG))
-    absent = [rule.text for rule in rules if not rule.optional and not rule.metric.startswith(("*", *known))]
+    absent = [rule.text for rule in rules_of(cfg) if not rule.optional and not rule.metric.startswith(("*", *known))]
     if not absent:
         return []
     return [
@@ -134,7 +132,7 @@ def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
     world.progress.note("evaluating")
     last = registry.latest(Path(cfg.registry), str(cfg.name))
     told = None if last is None else EvalReport.read(last.path / REPORT_FOLDER / REPORT)
-    result = judged(cfg, spec, world, say, last=told)
+    result = judged(cfg, spec, world, say, last=told, preview=False)
     decision = result.decision
     assert decision is not None, "publish_issues asks for rules"
     return on_main(

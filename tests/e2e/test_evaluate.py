@@ -142,12 +142,18 @@ def test_tasks_of_lm_eval(shop: Path, words: tuple[str, ...], monkeypatch: pytes
     asked = [{"question": f"Colour {n}?", "choices": ["red", "green"], "gold": n % 2} for n in range(8)]
     write(shop / "colours.jsonl", asked)
     (shop / "colours.yaml").write_text(TASK.format(folder=shop))
-    said = sound(shop, "evals=lm_eval", "tasks=[colours.yaml]", *words)
+    said = sound(shop, "evals=lm_eval", "tasks=[colours.yaml]", "gate=chat", *words)
     out = next(word.removeprefix("run.dir=") for word in words if word.startswith("run.dir="))
-    one = found(shop / out)[0]["metrics"]["benchmarks.colours.acc"]
+    one = found(shop / out, "benchmarks")[0]["metrics"]["benchmarks.colours.acc"]
     assert (len(one["tuned"]), len(one["base"]), one["higher_is_better"]) == (8, 8, True)
     line = next(line for line in said.splitlines() if line.startswith("benchmarks.colours.acc"))
     assert "[" in line, "with its interval"
+    assert "gate: not asked: only benchmarks were measured, and no rule is about one\n" in said
+    assert "refused" not in said
+    rules = 'gate.rules=[{rule: "benchmarks.colours.acc >= base - 1", min_prompts: 8},"*.token_f1 >= 0.1"]'
+    said = sound(shop, "evals=lm_eval", "tasks=[colours.yaml]", rules, *words)
+    assert any(line.split()[:2] == ["refused", "*.token_f1"] for line in said.splitlines())
+    assert "benchmarks.colours.acc" in said.partition("gate: not passed")[2]
 
 
 # --- refused -------------------------------------------------------------------------------------------------

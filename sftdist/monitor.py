@@ -114,7 +114,7 @@ def _regression(cfg: MonitorConfig, release: Release, forms: Forms, already: lis
         with session() as world:
             decoding = decoding_of(published, world)
             asked = str(release.path)
-            said = from_folder(release.path, prompts, decoding, of_run.model.template_args, world)
+            said = from_folder(release.path, prompts, decoding, of_run, world)
     found = regressions(published, prompts, said, measures_of(release.path, forms, of_run.evals))
     worse = findings(found)
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sftdist.core.distributed import World
-from sftdist.core.settings import EvalsSettings
+from sftdist.core.settings import EvalsSettings, TrainConfig
 from sftdist.data.contract_file import read_contract_file, read_file
 from sftdist.data.held_out import message_from_json
 from sftdist.evals.aggregate import metrics_of
@@ -64,10 +64,10 @@ def prompts_again(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
 
 
 def from_folder(
-    release: Path, prompts: Sequence[Prompt], decoding: Decoding, arguments: Mapping[str, Any], world: World
+    release: Path, prompts: Sequence[Prompt], decoding: Decoding, run: TrainConfig, world: World
 ) -> list[Answer]:
-    """What the model in the folder says."""
-    voice = Voice.load(release, arguments=arguments)
+    """What the model in the folder says, asked through its template as `run` rendered the data that it was made of."""
+    voice = Voice.load(release, arguments=run.model.template_args, optional=run.data.allow_unrendered)
     with shown("the release", is_main=True) as progress:
         return answers(
             lambda: load_engine(release, voice, decoding, world.device),

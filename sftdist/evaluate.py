@@ -22,6 +22,7 @@ from sftdist.core.runfacts import run_facts
 from sftdist.core.settings import EvaluateConfig
 from sftdist.evals.advice import advise
 from sftdist.evals.benchmarks import SOURCE
+from sftdist.evals.engines import require_engine
 from sftdist.evals.looks import look
 from sftdist.evals.page import write_page
 from sftdist.evals.report import EvalReport
@@ -40,7 +41,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Every score (`report`), the page, and what the gate says of it: None where the configuration has no rules."""
+    """Every score (`report`); the page, which lies beside the report and its rows; and what the gate says of it, None
+    where the configuration has no rules."""
 
     report: EvalReport
     page: Path
@@ -107,6 +109,7 @@ def opened() -> Iterator[tuple[World, Say]]:
 def spec_of(cfg: EvaluateConfig, world: World) -> SuiteSpec:
     """What is asked for, on every rank: rank 0 makes what is missing, the others find it."""
     resolve = partial(named_model, cfg)
+    require_engine(cfg.evals.engine.value, world.size)
     if world.is_main:
         quickstart.lay_out(cfg)
         spec = request_of(cfg, resolve, world.device)
@@ -141,7 +144,7 @@ def judged(
         spec = replace(spec, data={**spec.data, "looks": world.broadcast_object(looks)})
     evaluated = evaluate(spec, world, say)
     decision = None if preview and benchmarks_alone(cfg) else decided(cfg, evaluated, last)
-    page = spec.folder / "report.html"
+    page = evaluated.folder / "report.html"
     if world.is_main:
         page = shown(cfg, evaluated, decision, say)
     world.barrier()  # nobody leaves before the page is there

@@ -39,6 +39,7 @@ from sftdist.release.changelog import CHANGELOG, REPORT_FOLDER, Contents, change
 from sftdist.release.gate import Decision
 from sftdist.release.hub import CARD, push, require_card
 from sftdist.release.registry import Draft, Entries, Release
+from sftdist.release.rule import Against
 from sftdist.release.soundness import Training, faults
 from sftdist.training.ending import LEDGER
 from sftdist.training.offline import OUTLINE
@@ -219,7 +220,9 @@ class Publisher:
         run_dir = Path(str(self.cfg.run.dir))
         (folder / REPORT_FOLDER).mkdir()
         for name in (REPORT, self.result.page.name, ROWS):
-            shutil.copyfile(self.spec.folder / name, folder / REPORT_FOLDER / name)
+            shutil.copyfile(self.result.page.with_name(name), folder / REPORT_FOLDER / name)
+        if EvalReport.read(folder / REPORT_FOLDER / REPORT).sha256 != self.decision.report:
+            raise GateError(f"{self.result.page.parent}: given another report than the gate's; publish the model again")
         for name in (snapshot.FILE, DATA):
             shutil.copyfile(run_dir / name, folder / name)
         self.decision.write(folder)
@@ -228,7 +231,7 @@ class Publisher:
 
     def describe(self, draft: Draft) -> dict[str, Any]:
         """Card and changelog, which name the version and compare it with the one in use."""
-        if draft.last != self.last and any("last" in verdict.rule for verdict in self.decision.verdicts):
+        if draft.last != self.last and any(rule.against is Against.last for rule in rules_of(self.cfg)):
             raise GateError(
                 f"{draft.last} was released meanwhile, but the gate compared with {self.last or 'no release'}; publish "
                 "again: the answers are kept"
@@ -296,7 +299,7 @@ class Publisher:
             self.say(f"no {PROFILE}: {len(prompts)} user turns are too few to say what prompts look like")
             return
         profile = profile_of(prompts)
-        written = read_jsonl(self.spec.folder / ROWS)
+        written = read_jsonl(folder / REPORT_FOLDER / ROWS)
         rows = [row for row in written if row["source"] in manifest["sources"] and row["variant"] is None]
         asked = features_of([_question(row) for row in rows])
         counts = answer_counts(profile.model, asked, [row["tuned"] for row in rows], Forms.read(folder))

@@ -128,6 +128,20 @@ def test_verify_names_what_was_added_changed_and_removed(released: Path, tmp_pat
 # --- what is stopped ----------------------------------------------------------------------------------
 
 
+def test_an_earlier_checkpoint_is_released_with_its_own_evaluation(released: Path) -> None:
+    run = released / "runs" / "full"
+    step = sorted(run.glob("checkpoints/step-*"))[0].name.removeprefix("step-").lstrip("0")
+    done = sftdist(["export", "run.dir=runs/full", f"step={step}"], released, timeout=900)
+    assert done.returncode == 0, done.stderr
+    (export,) = run.glob("export-step-*")
+    done = publish(released, "runs/full", f"candidate={export}", rules='["all.loss <= base"]')
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = released / "registry" / "bot" / "v3"
+    told = read_json(made / "report" / "report.json")["tuned"]["sha256"]
+    assert told == read_json(made / "release.json")["model_sha256"]
+    assert told != read_json(released / "registry/bot/v1/release.json")["model_sha256"]
+
+
 def resealed(export: Path) -> None:
     """Whoever plants a fault may write a new manifest, too."""
     write_manifest(export)

@@ -31,6 +31,7 @@ from sftdist.evals.profile import LEAST_PROMPTS, PROFILE, profile_of
 from sftdist.evals.report import REPORT, ROWS, EvalReport
 from sftdist.evals.request import SuiteSpec
 from sftdist.evals.user_turns import prompts_of
+from sftdist.evals.waiting import unbroken_on_main
 from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, rules_of, silent, spec_of
 from sftdist.fresh_answer import answer_of
 from sftdist.release import registry
@@ -145,14 +146,14 @@ def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
 
 def on_main(world: World, what: str, work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, on every rank; a GateError there is one everywhere."""
-    made, refusal = None, None
-    if world.is_main:
-        world.progress.note(what)
+
+    def made_or_refused() -> tuple[T | None, str | None]:
         try:
-            made = work()
+            return work(), None
         except GateError as error:
-            refusal = str(error)
-    made, refusal = world.broadcast_object((made, refusal))
+            return None, str(error)
+
+    made, refusal = world.broadcast_object(unbroken_on_main(world, what, made_or_refused))
     if refusal is not None:
         raise GateError(refusal)
     return cast(T, made)

@@ -34,7 +34,7 @@ from sftdist.evals.report import ROWS, EvalReport, ModelFacts, Scores
 from sftdist.evals.request import SuiteSpec
 from sftdist.evals.row_losses import Row, loss_scores, name_of, require_same_tokens, row_losses, rows_to_score
 from sftdist.evals.voice import Voice
-from sftdist.evals.waiting import Beat, on_main, quiet
+from sftdist.evals.waiting import Beat, on_main, quiet, unbroken_on_main
 
 Say = Callable[[str], None]
 SHOWN = 10  # problems at a time
@@ -62,8 +62,11 @@ class Models:
     def of(cls, tuned: Path, base: Path | None, world: World) -> Models:
         """Rank 0 reads every byte of them. Collective."""
         folders = {"tuned": tuned} | ({} if base is None else {"base": base})
-        facts = {name: identify(folder) for name, folder in folders.items()} if world.is_main else None
-        return cls(folders, world.broadcast_object(facts))
+
+        def identified() -> dict[str, ModelFacts]:
+            return {name: identify(folder) for name, folder in folders.items()}
+
+        return cls(folders, world.broadcast_object(unbroken_on_main(world, "reading the models", identified)))
 
 
 def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from sftdist.core.distributed import World
@@ -39,3 +41,26 @@ def on_main(world: World, phase: str, work: Callable[[Beat], T], *, seconds: flo
     made = work(beat)
     world.all_reduce_max(1.0)
     return made
+
+
+def unbroken_on_main(world: World, phase: str, work: Callable[[], T], *, seconds: float = EVERY_SECONDS) -> T | None:
+    """As `on_main`, for work that cannot say that it gets on, such as a copy or an upload: that rank 0 lives is told
+    instead. `work` uses no collective."""
+
+    def beating(beat: Beat) -> T:
+        done = threading.Event()
+
+        def repeat() -> None:
+            while not done.wait(seconds):
+                beat()
+
+        with ThreadPoolExecutor(1) as pool:
+            beats = pool.submit(repeat)
+            try:
+                made = work()
+            finally:
+                done.set()
+            beats.result()
+        return made
+
+    return on_main(world, phase, beating, seconds=seconds)

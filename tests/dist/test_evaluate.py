@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sftdist import publish
 from sftdist.core.distributed import World
+from sftdist.core.errors import GateError
 from sftdist.evals.looks import looks
-from sftdist.evals.waiting import Beat, on_main
+from sftdist.evals.waiting import Beat, on_main, unbroken_on_main
 from tests.ranks import RankError, run_ranks
 from tests.suites import alone, found, home, judge, row, write_rows
 
@@ -110,3 +114,62 @@ def test_what_rank_0_does_by_itself_may_take_long(seconds: float) -> None:
     """However often it says that it gets on."""
     assert waited(alone(), seconds) == (["made"], [0])
     assert run_ranks(waited, 2, seconds) == [(["made"], [0, 1]), (None, [0, 1])]
+
+
+def copied(world: World) -> tuple[str | None, int, list[int]]:
+    """Rank 0 is busy with one long thing; how often each rank has seen that things get on."""
+    before = world.progress.now.count
+
+    def work() -> str:
+        time.sleep(1.0)
+        return "copied"
+
+    made = unbroken_on_main(world, "copying", work, seconds=0.1)
+    return made, world.progress.now.count - before, world.gather_objects(world.rank)
+
+
+def test_what_rank_0_does_in_one_piece_may_take_long() -> None:
+    """A copy of a large model, say: the ranks hear in the meantime that rank 0 lives."""
+    assert copied(alone())[0] == "copied"
+    (made, beats, ranks), (none, heard, same_ranks) = run_ranks(copied, 2)
+    assert (made, none, ranks, same_ranks) == ("copied", None, [0, 1], [0, 1])
+    assert beats == heard >= 3
+
+
+def failed(world: World) -> None:
+    def work() -> None:
+        time.sleep(0.3)
+        raise OSError("the disk is full")
+
+    unbroken_on_main(world, "copying", work, seconds=0.1)
+
+
+def test_what_rank_0_fails_at_is_its_own_error() -> None:
+    with pytest.raises(OSError, match="the disk is full"):
+        failed(alone())
+    with pytest.raises(RankError, match=r"rank 0 of 2 failed:(.|\n)*the disk is full"):
+        run_ranks(failed, 2)
+
+
+def published(world: World, refused: bool) -> tuple[str, bool]:
+    """What each rank hears, and whether it heard meanwhile that rank 0 lives."""
+
+    def work() -> str:
+        time.sleep(1.0)
+        if refused:
+            raise GateError("not good enough")
+        return "v1"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "unbroken_on_main", partial(unbroken_on_main, seconds=0.1))
+        before = world.progress.now.count
+        try:
+            said = publish.on_main(world, "releasing", work)
+        except GateError as refusal:
+            said = str(refusal)
+    return said, world.progress.now.count - before >= 3
+
+
+def test_every_rank_hears_what_came_of_a_release() -> None:
+    assert run_ranks(published, 2, False) == [("v1", True)] * 2
+    assert run_ranks(published, 2, True) == [("not good enough", True)] * 2

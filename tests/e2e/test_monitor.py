@@ -30,10 +30,10 @@ from sftdist.evals.report import ROWS, EvalReport, ModelFacts
 from sftdist.evals.suite import scored
 from sftdist.release import registry
 from tests.browser import look, needs_browser
+from tests.chat_server import said, serving
 from tests.evaluated import BASE
 from tests.live_prompts import answer, prompt
 from tests.pages import foreign_parts
-from tests.unit.evals.test_endpoint import said, serving
 
 PROFILED, HELD_OUT, LIVE = range(600), range(600, 660), range(660, 800)
 QUESTIONS = 24

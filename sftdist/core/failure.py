@@ -117,9 +117,13 @@ def where(failure: Failure, run_dir: Path) -> str:
 
 
 def print_failure(failure: Failure, run_dir: Path | None = None) -> None:
-    """The default report: the console and the log of this rank. In a program of the user's own, which is one process,
-    an exception's traceback is left to whoever catches it."""
+    """The default report: the console and the log of this rank. Of a single process nobody asks which rank it was: an
+    error outside of a step that says what to change is said alone, and any other's traceback is left to whoever
+    catches it."""
     alone = "RANK" not in os.environ
+    if alone and failure.expected and failure.step is None and failure.pid == os.getpid():
+        tell(f"sftdist: error: {failure.message}")
+        return
     shown = replace(failure, traceback="") if failure.kind == ERROR and alone else failure
     tell("\n".join(lines(shown, None if alone else run_dir)))
 

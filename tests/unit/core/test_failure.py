@@ -75,6 +75,22 @@ def test_what_happened_to_others(kind: str, word: str, capsys: pytest.CaptureFix
     assert ("at x" in said) == bool(stack)
 
 
+def test_one_process_alone_says_what_to_change_and_no_more(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for error, doing, said in (
+        (ConfigError(["say x"]), Activity(phase="evaluating"), "sftdist: error: say x\n"),
+        (ConfigError(["say x"]), DOING, "failed in step 7, forward and backward: say x"),
+        (ValueError("say x"), Activity(), "failed while starting: ValueError: say x"),
+    ):
+        print_failure(failure_of(raised(error), 0, doing))
+        assert said in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    print_failure(failure_of(raised(ConfigError(["say x"])), 0, Activity()))
+    assert "rank 0 on" in capsys.readouterr().err
+
+
 def fail_alone(reports: list[Failure]) -> None:
     with session(device=torch.device("cpu"), report=reports.append) as world:
         world.progress.begin_step(3, ["a"])

@@ -17,6 +17,7 @@ from tests.e2e.workshop import sftdist
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # two trainings, on a busy machine
 
 WEIGHTS = "model.safetensors"
+EARLIER = "checkpoint.every_steps=40"
 TRAIN = ("train", "+exp=quickstart", "launch.nproc=1", "tracking.wandb=disabled")
 JUDGE = ("evals.probes=[task,loss]", "evals.adversarial=false", "evals.max_prompts=40", "gate.min_prompts=30")
 RULES = '["domain.chrf >= base + 0.1", "all.loss <= base", "domain.chrf >= last - 0.5"]'
@@ -27,7 +28,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A full fine-tune in runs/full and a LoRA one in runs/lora, of the quickstart's base and data."""
     folder = tmp_path_factory.mktemp("shop")
     for method, steps in (("full", 60), ("lora", 30)):
-        words = (f"run.dir=runs/{method}", f"run.name={method}", f"tune.method={method}", f"train.max_steps={steps}")
+        words = (
+            f"run.dir=runs/{method}",
+            f"run.name={method}",
+            f"tune.method={method}",
+            f"train.max_steps={steps}",
+            EARLIER,
+        )
         done = sftdist([*TRAIN, *words], folder, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -130,8 +137,7 @@ def test_verify_names_what_was_added_changed_and_removed(released: Path, tmp_pat
 
 def test_an_earlier_checkpoint_is_released_with_its_own_evaluation(released: Path) -> None:
     run = released / "runs" / "full"
-    step = sorted(run.glob("checkpoints/step-*"))[0].name.removeprefix("step-").lstrip("0")
-    done = sftdist(["export", "run.dir=runs/full", f"step={step}"], released, timeout=900)
+    done = sftdist(["export", "run.dir=runs/full", "step=40"], released, timeout=900)
     assert done.returncode == 0, done.stderr
     (export,) = run.glob("export-step-*")
     done = publish(released, "runs/full", f"candidate={export}", rules='["all.loss <= base"]')

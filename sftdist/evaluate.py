@@ -56,9 +56,8 @@ def main() -> int:
 
 def command(cfg: EvaluateConfig) -> int:
     if cfg.watch:
-        follow(cfg)
-    else:
-        run(cfg)
+        return follow(cfg)
+    run(cfg)
     return agent.DONE
 
 
@@ -87,7 +86,7 @@ def run(cfg: EvaluateConfig) -> EvaluateResult:
 
 
 def follow(cfg: EvaluateConfig) -> int:
-    """`watch=true`: score every checkpoint of the run until it is over; how many."""
+    """`watch=true`: score every checkpoint of the run until it is over; the run's exit code."""
     with opened() as (world, say):
         spec = spec_of(cfg, world)
 
@@ -95,7 +94,13 @@ def follow(cfg: EvaluateConfig) -> int:
             where = spec.folder.with_name(f"{spec.split}-step-{step:08}")
             return evaluate(replace(spec, candidate=folder, folder=where, named=False), world, say).report
 
-        return watch_run(Path(str(cfg.run.dir)), world, score, seconds=cfg.watch_seconds, say=say)
+        found = watch_run(Path(str(cfg.run.dir)), world, score, seconds=cfg.watch_seconds, say=say)
+    if found.reason:
+        print(
+            f"sftdist evaluate: {found.reason}; its checkpoints are scored: where it goes on, start the watch again",
+            file=sys.stderr,
+        )
+    return found.code
 
 
 @contextmanager

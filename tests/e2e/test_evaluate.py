@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from sftdist.core import agent
+from sftdist.core.figures import watched
+from sftdist.core.snapshot import read_config, write_config
 from sftdist.core.storage import read_json, read_jsonl
 from sftdist.evals.identity import identify
 from sftdist.evals.looks import looks
@@ -154,6 +157,26 @@ def test_tasks_of_lm_eval(shop: Path, words: tuple[str, ...], monkeypatch: pytes
     said = sound(shop, "evals=lm_eval", "tasks=[colours.yaml]", rules, *words)
     assert any(line.split()[:2] == ["refused", "*.token_f1"] for line in said.splitlines())
     assert "benchmarks.colours.acc" in said.partition("gate: not passed")[2]
+
+
+@pytest.mark.parametrize("state", ["failed", "preempted"])
+def test_a_watch_ends_as_its_run_has_ended(shop: Path, state: str) -> None:
+    """Not at once, for it may be started again; and with its checkpoints scored."""
+    run_dir = shop / "runs" / f"watched-{state}"
+    shutil.copytree(shop / RUN, run_dir)
+    cfg = read_config(run_dir)
+    cfg.run.dir, cfg.launch.lost_seconds, cfg.launch.hang_seconds = str(run_dir), 1.0, 1.0
+    write_config(run_dir, cfg)
+    code = {"failed": 3, "preempted": 75}[state]
+    agent.write_status(run_dir, state, code, "rows are gone\nlook there" if state == "failed" else "", step=4)
+    done = evaluate(shop, "watch=true", f"run.dir={run_dir}", "watch_seconds=0.2", "evals.probes=[task]")
+    assert done.returncode == code, done.stderr
+    why = {"failed": "has failed at step 4: rows are gone", "preempted": "was preempted, and did not go on at step 4"}
+    assert done.stderr.splitlines()[-1] == (
+        f"sftdist evaluate: {run_dir}: the run {why[state]}; "
+        "its checkpoints are scored: where it goes on, start the watch again"
+    )
+    assert [line["step"] for line in watched(run_dir)] == [2]
 
 
 # --- refused -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sftdist.evals.prompts import Prompt
 from sftdist.evals.report import EvalReport, Scores
 from sftdist.training.retention import Keep, best_step, to_prune
 from sftdist.training.tracking import standing
-from sftdist.watch import clear_export, export_folder, exported, watch_run
+from sftdist.watch import Watched, clear_export, export_folder, exported, watch_run
 from tests.e2e.workshop import SMALL, sftdist
 from tests.evaluated import alone
 from tests.wandb_runs import history, read, runs_of, within
@@ -63,7 +63,7 @@ def test_checkpoints_are_scored_while_the_run_trains(home: Path, monkeypatch: py
         assert within(120.0, (RUN / "config.yaml").is_file)
         scored = watch_run(RUN, alone(), score, seconds=0.2, say=said.append)
         assert training.wait() == 0
-    assert (scored, [line["step"] for line in watched(RUN)]) == (3, [2, 4, 6])
+    assert (scored, [line["step"] for line in watched(RUN)]) == (Watched(3), [2, 4, 6])
     assert len(said) == 3, said
     assert [path.name for path in RUN.glob("export*")] == ["export"], "what a watch exports is removed again"
     found = [item for folder in runs_of(RUN) for item in history(read(folder)) if f"probe/{METRIC}" in item]
@@ -74,7 +74,7 @@ def test_checkpoints_are_scored_while_the_run_trains(home: Path, monkeypatch: py
     assert done.returncode == 0, done.stderr
     assert identify(RUN / "export-step-00000004").sha256 != identify(RUN / "export").sha256
     # a second watch has nothing to do, leaves the user's export alone, and there is one at a time
-    assert watch_run(RUN, alone(), score, seconds=0.2, say=said.append) == 0
+    assert watch_run(RUN, alone(), score, seconds=0.2, say=said.append) == Watched(0)
     assert (RUN / "export-step-00000004").is_dir()
 
 

@@ -142,20 +142,25 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     checks: Sequence[Callable[[T], list[str]]] = (),
+    sweep_checks: Sequence[Callable[[T], list[str]]] = (),
     makes_runs: bool = False,
 ) -> int:
     """The command line of `sftdist prog`: compose, check, `run(cfg)`; the exit code, which `run` may return.
 
     Under torchrun rank 0 composes and the others get its result, so that an error is printed once and every rank
-    trains the same. `checks` are further rules on the configuration, reported together with all others;
-    `makes_runs`: what it does belongs to a run directory, so that each job of a sweep (`-m`) gets its own.
+    trains the same. `checks` are further rules on the configuration, reported together with all others, `sweep_checks`
+    those for a job of a sweep (`-m`); `makes_runs`: what it does belongs to a run directory, so that each job of a
+    sweep gets its own.
     """
 
     def load(overrides: Sequence[str]) -> T:
         return compose(None, overrides, schema, complete=True, checks=checks)
 
+    def load_job(overrides: Sequence[str]) -> T:
+        return compose(None, overrides, schema, complete=True, checks=[*checks, *sweep_checks])
+
     def sweep(words: Sequence[str]) -> int:
-        return multirun(prog, load, words, search_path(), makes_runs=makes_runs)
+        return multirun(prog, load_job, words, search_path(), makes_runs=makes_runs)
 
     command = Command(
         name=prog,

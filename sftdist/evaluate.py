@@ -18,7 +18,7 @@ from sftdist.assets import quickstart
 from sftdist.core import agent, config, snapshot
 from sftdist.core.distributed import World, session
 from sftdist.core.errors import ConfigError
-from sftdist.core.runfacts import run_facts
+from sftdist.core.runfacts import run_facts, step_of
 from sftdist.core.settings import EvaluateConfig
 from sftdist.evals.advice import advise
 from sftdist.evals.benchmarks import SOURCE
@@ -51,7 +51,13 @@ class EvaluateResult:
 
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it answers on one device."""
-    return config.main(EvaluateConfig, command, "evaluate", checks=[gate_issues, watch_issues])
+    return config.main(
+        EvaluateConfig,
+        command,
+        "evaluate",
+        checks=[gate_issues, watch_issues, look_issues],
+        sweep_checks=[sweep_issues],
+    )
 
 
 def command(cfg: EvaluateConfig) -> int:
@@ -77,6 +83,27 @@ def watch_issues(cfg: EvaluateConfig) -> list[str]:
             "split: given holdout with watch=true, required validation: each look makes the holdout less unseen"
         )
     return found
+
+
+def look_issues(cfg: EvaluateConfig) -> list[str]:
+    """A look at a run's holdout is written down where all others are."""
+    run_dir = Path(str(cfg.run.dir))
+    if cfg.split != HOLDOUT or not (run_dir / snapshot.FILE).is_file():
+        return []
+    own = snapshot.read_config(run_dir).data.store_dir
+    if Path(own).resolve() == Path(cfg.data.store_dir).resolve():
+        return []
+    return [
+        f"data.store_dir: given {cfg.data.store_dir} with split=holdout, but the looks at this run's holdout are "
+        f"counted in {own}; leave data.store_dir out"
+    ]
+
+
+def sweep_issues(cfg: EvaluateConfig) -> list[str]:
+    """What is searched with the holdout is held out no longer."""
+    if cfg.split != HOLDOUT:
+        return []
+    return ["-m: a sweep may not read the holdout; choose on the validation split, then publish one model"]
 
 
 def run(cfg: EvaluateConfig) -> EvaluateResult:
@@ -151,7 +178,7 @@ def judged(
     decision = None if preview and benchmarks_alone(cfg) else decided(cfg, evaluated, last)
     page = evaluated.folder / "report.html"
     if world.is_main:
-        page = shown(cfg, evaluated, decision, say)
+        page = shown(cfg, spec, evaluated, decision, say)
     world.barrier()  # nobody leaves before the page is there
     return EvaluateResult(evaluated.report, page, decision)
 
@@ -173,7 +200,7 @@ def decided(cfg: EvaluateConfig, evaluated: Evaluated, last: EvalReport | None) 
     return decide(rules, report, model_sha256=report.tuned.sha256, last=last) if rules else None
 
 
-def shown(cfg: EvaluateConfig, evaluated: Evaluated, decision: Decision | None, say: Say) -> Path:
+def shown(cfg: EvaluateConfig, spec: SuiteSpec, evaluated: Evaluated, decision: Decision | None, say: Say) -> Path:
     """The page, and the same in a few lines on the screen."""
     report = evaluated.report
     sound = {name: one for name, one in report.metrics.items() if one.fault() is None}
@@ -183,7 +210,7 @@ def shown(cfg: EvaluateConfig, evaluated: Evaluated, decision: Decision | None, 
     for name in report.metrics.keys() - sound.keys():
         say(f"{name}: no figure: {report.metrics[name].fault()}")
     run_dir = Path(str(cfg.run.dir))
-    run = run_facts(run_dir) if (run_dir / snapshot.FILE).is_file() else None
+    run = run_facts(run_dir, step_of(spec.candidate)) if (run_dir / snapshot.FILE).is_file() else None
     lambdas = {} if run is None else {one.name: one.asked for one in run.mixture if one.asked is not None}
     advice = advise(report, evaluated.rows, lambdas, confidence=cfg.evals.confidence)
     for line in advice.lines():

@@ -19,7 +19,7 @@ from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import World, session
 from sftdist.core.errors import CheckpointError, ConfigError, GateError
 from sftdist.core.rules import BROUGHT_ALONG
-from sftdist.core.runfacts import DATA, run_facts
+from sftdist.core.runfacts import DATA, RunFacts, run_facts, step_of
 from sftdist.core.settings import PublishConfig
 from sftdist.core.storage import MANIFEST, disk_explained, read_json, read_jsonl, read_manifest, sha256_file, write_text
 from sftdist.data.comparison import data_changes
@@ -32,7 +32,7 @@ from sftdist.evals.report import REPORT, ROWS, EvalReport
 from sftdist.evals.request import SuiteSpec
 from sftdist.evals.user_turns import prompts_of
 from sftdist.evals.waiting import unbroken_on_main
-from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, rules_of, silent, spec_of
+from sftdist.evaluate import HOLDOUT, EvaluateResult, Say, gate_issues, judged, rules_of, silent, spec_of, sweep_issues
 from sftdist.fresh_answer import answer_of
 from sftdist.release import registry
 from sftdist.release.card import Card
@@ -58,7 +58,9 @@ class PublishResult:
 
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it answers on one device."""
-    return config.main(PublishConfig, command, "publish", checks=[gate_issues, publish_issues])
+    return config.main(
+        PublishConfig, command, "publish", checks=[gate_issues, publish_issues], sweep_checks=[sweep_issues]
+    )
 
 
 def command(cfg: PublishConfig) -> int:
@@ -93,6 +95,11 @@ def release_issues(cfg: PublishConfig) -> list[str]:
         issues.append(f"base: given {cfg.base}, but a release is compared with the base of its run; leave base out")
     if not cfg.gate.rules:
         issues.append("gate.rules: given none, required at least one; choose a gate (gate=chat) or write rules")
+    if cfg.hub is not None and cfg.hub_rows and not cfg.hub_private:
+        issues.append(
+            "hub_rows: given true with hub_private=false, but everybody would see the holdout's prompts and the "
+            "answers; give hub_rows=false, too"
+        )
     return [*issues, *absent_sources(cfg)]
 
 
@@ -133,7 +140,7 @@ def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
     on_main(world, "looking at the files", lambda: require_sound(cfg, spec, say))
     world.progress.note("evaluating")
     last = registry.latest(Path(cfg.registry), str(cfg.name))
-    told = None if last is None else EvalReport.read(last.path / REPORT_FOLDER / REPORT)
+    told = None if last is None else on_main(world, "reading the last release", partial(told_of, last))
     result = judged(cfg, spec, world, say, last=told, preview=False)
     decision = result.decision
     assert decision is not None, "publish_issues asks for rules"
@@ -142,6 +149,12 @@ def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
         "releasing",
         lambda: PublishResult(Publisher(cfg, spec, result, decision, last, say).release(), decision),
     )
+
+
+def told_of(last: Release) -> EvalReport:
+    """The report of the last release, as it was published. Raises GateError where it is not."""
+    registry.require_unchanged(last, [f"{REPORT_FOLDER}/{REPORT}"])
+    return EvalReport.read(last.path / REPORT_FOLDER / REPORT)
 
 
 def on_main(world: World, what: str, work: Callable[[], T]) -> T:
@@ -169,6 +182,8 @@ def require_sound(cfg: PublishConfig, spec: SuiteSpec, say: Say) -> None:
         refusal = Decision(False, found, [], model="", base=None, last=None, split=spec.split, report="")
         raise GateError(_refused(refusal, run_dir, spec.candidate))
     say(f"{spec.candidate}: every file is as it was exported, and its weights are finite and not those of the base")
+    if not spec.data["holdout"].get("locked"):
+        say("the holdout is locked by no file: another preparation may choose other rows (data.holdout_lock)")
 
 
 def _refused(decision: Decision, run_dir: Path, candidate: Path) -> str:
@@ -203,7 +218,14 @@ class Publisher:
                 made = registry.release(folder, name, self.fill, self.describe, say=self.say)
             self.say(f"released {made}: {made.path}")
         if self.cfg.hub is not None:
-            push(made.path, self.cfg.hub, f"v{made.version}", private=self.cfg.hub_private, say=self.say)
+            push(
+                made.path,
+                self.cfg.hub,
+                f"v{made.version}",
+                private=self.cfg.hub_private,
+                rows=self.cfg.hub_rows,
+                say=self.say,
+            )
         return made
 
     def fill(self, folder: Path) -> Entries:
@@ -226,6 +248,7 @@ class Publisher:
             raise GateError(f"{self.result.page.parent}: given another report than the gate's; publish the model again")
         for name in (snapshot.FILE, DATA):
             shutil.copyfile(run_dir / name, folder / name)
+        config.write_config(folder / REPORT_FOLDER, self.cfg)  # with the probes and the gate of this decision
         self.decision.write(folder)
         self._write_profile(folder)
         return entries
@@ -237,41 +260,46 @@ class Publisher:
                 f"{draft.last} was released meanwhile, but the gate compared with {self.last or 'no release'}; publish "
                 "again: the answers are kept"
             )
-        facts = self._facts()
+        facts = self._facts(draft.last)
         card = Card(
             name=draft.name,
             version=draft.version,
             created=registry.now(),
             report=self.result.report,
             decision=self.decision,
-            run=run_facts(Path(str(self.cfg.run.dir))),
+            run=self._run(),
             ledger=self._ledger(),
             base_is_folder=self.spec.base is not None,
         )
         text = card.text()
         require_card(text)
         write_text(draft.folder / CARD, text)
-        write_text(draft.folder / CHANGELOG, self._changelog(draft, facts["mixture"], card.created))
+        write_text(draft.folder / CHANGELOG, self._changelog(draft, facts, card.created))
         return facts
 
-    def _changelog(self, draft: Draft, mixture: list[dict[str, Any]], created: str) -> str:
+    def _changelog(self, draft: Draft, facts: Mapping[str, Any], created: str) -> str:
         last = draft.last
         if last is None:
             return extended(None, entry(draft.version, created, None, None))
         stores = [Path(snapshot.read_config(folder).data.store_dir) for folder in (draft.folder, last.path)]
         data = data_changes(last.path / DATA, draft.folder / DATA, stores)
-        now = Contents(draft.folder, self.result.report, {}, {source["name"]: source for source in mixture})
+        mixture = {source["name"]: source for source in facts["mixture"]}
+        now = Contents(draft.folder, self.result.report, {}, mixture, facts["run"]["steps"])
         found = entry(draft.version, created, last.version, changes(Contents.of(last.path), now, data))
         before = last.path / CHANGELOG
         return extended(before.read_text(encoding="utf-8") if before.is_file() else None, found)
 
-    def _facts(self) -> dict[str, Any]:
-        """What `release.json` says beside its files."""
-        report, found = self.result.report, run_facts(Path(str(self.cfg.run.dir)))
+    def _run(self) -> RunFacts:
+        """The run up to the step of this model."""
+        return run_facts(Path(str(self.cfg.run.dir)), step_of(self.spec.candidate))
+
+    def _facts(self, last: Release | None) -> dict[str, Any]:
+        """What `release.json` says beside its files; `last`: what is in use."""
+        report, found = self.result.report, self._run()
         return {
             "model_sha256": report.tuned.sha256,
             "base_sha256": None if report.base is None else report.base.sha256,
-            "previous": None if self.last is None else self.last.version,
+            "previous": None if last is None else last.version,
             "run": {"name": found.name, "config_sha256": self._ledger().get("config"), "steps": found.steps},
             "mixture": [asdict(source) for source in found.mixture],
             "gate": {
@@ -280,6 +308,7 @@ class Publisher:
             },
             "split": report.split,
             "looks": report.data.get("looks"),
+            "holdout_locked": bool(report.data["holdout"].get("locked")),
         }
 
     def _ledger(self) -> Mapping[str, Any]:

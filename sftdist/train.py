@@ -410,7 +410,7 @@ def export_of(job: Job, state: TrainState) -> Path | None:
     """The verified model of a run that has taken its last step; None where a rank was asked to stop meanwhile."""
     job.status(agent.PREEMPTED, "exporting", state.step)
     settings = job.cfg.export
-    spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge)
+    spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge, state.step)
     engine, template, folder = job.trained.engine, job.corpus.template, job.run_dir / "export"
     return export_model(engine, template, folder, spec, stopped=job.stop_requested, say=job.say)
 

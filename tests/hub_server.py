@@ -33,6 +33,7 @@ class Hub:
     objects: set[str] = field(default_factory=set)
     commits: list[Tree] = field(default_factory=lambda: [{".gitattributes": _entry(".gitattributes", b"x")}])
     tags: dict[str, int] = field(default_factory=dict)
+    private: bool = True
     corrupt: bool = False  # commits hold other bytes than were sent
     url: str = ""
 
@@ -115,7 +116,13 @@ def _handle(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, Any]:
     if verb == "tag":
         hub.tags[json.loads(body)["tag"]] = int(rest[0], 16)
         return 200, {}
-    return 200, {"id": "/".join(words[2:4]), "sha": _oid(len(hub.commits) - 1), "siblings": [], "tags": []}
+    return 200, {
+        "id": "/".join(words[2:4]),
+        "private": hub.private,
+        "sha": _oid(len(hub.commits) - 1),
+        "siblings": [],
+        "tags": [],
+    }
 
 
 def _batch(hub: Hub, body: dict[str, Any]) -> dict[str, Any]:

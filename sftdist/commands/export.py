@@ -54,14 +54,15 @@ def run(cfg: ExportConfig) -> Path:
     say, run_dir = partial(print, flush=True), Path(str(cfg.run.dir))
     path = find(run_dir, cfg.step, standing(run_dir, cfg.checkpoint.best))
     outline = read_outline(run_dir)
-    spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * _GIB), cfg.export.merge)
+    step = int(path.name.removeprefix("step-"))
+    spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * _GIB), cfg.export.merge, step)
     say(f"{path}: its export needs about {expected_memory(cfg, outline, spec) / _GIB:.1f} GiB of memory at its peak")
     if problems := verify(path):
         raise CheckpointError(f"{path} does not verify: {'; '.join(problems[:5])}")
     source = SavedModel(cfg, path, outline)
     folder = run_dir / f"export-{path.name}"
     export_model(source, outline.template, folder, spec, written=source.release, say=say)
-    say(f"the verified model of step {int(path.name.removeprefix('step-'))} is in {folder}")
+    say(f"the verified model of step {step} is in {folder}")
     return folder
 
 

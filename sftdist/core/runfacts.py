@@ -10,7 +10,7 @@ from typing import Any
 
 from sftdist.core import snapshot
 from sftdist.core.figures import lines, number
-from sftdist.core.storage import read_json
+from sftdist.core.storage import MANIFEST, read_json
 
 PLAN, DATA = "plan.json", "data-manifest.json"
 SHARE = "share/"  # the key of metrics.jsonl, before the name of the source
@@ -59,12 +59,21 @@ class _Step:
     shares: Mapping[str, float]
 
 
-def run_facts(run_dir: Path) -> RunFacts:
-    """Of a run that may not have begun, be running or have ended. Raises ConfigError where it is no run."""
+def step_of(export: Path) -> int | None:
+    """The step of a run at which a model was exported; None where the folder does not say so."""
+    step: int | None = _json(export / MANIFEST).get("step")
+    return step
+
+
+def run_facts(run_dir: Path, until: int | None = None) -> RunFacts:
+    """Of a run that may not have begun, be running or have ended; `until`: of its steps up to this one. Raises
+    ConfigError where it is no run."""
     config = snapshot.to_dict(snapshot.read_config(run_dir))
     taken: list[_Step] = []
     curves: dict[str, Curve] = {}
     for line in lines(run_dir):
+        if until is not None and line["step"] > until:
+            continue
         taken += [_step(line)] if line["kind"] == "train" else []
         for key, value in line.items():
             if key != "step" and (found := number(value)) is not None and math.isfinite(found):

@@ -461,6 +461,7 @@ class PublishConfig(EvaluateConfig):
     split: str = "holdout"
     hub: str | None = None  # push the release to this repository of the Hugging Face Hub, too
     hub_private: bool = True
+    hub_rows: bool = True  # with the holdout's prompts and the answers; a public repository is not given them
 
 
 @dataclass(kw_only=True)

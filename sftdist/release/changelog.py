@@ -21,13 +21,14 @@ _NOT_TRAINED = ("data.store_dir", "data.workers", "data.dir")  # where things la
 
 @dataclass(frozen=True)
 class Contents:
-    """What a release says of itself, or a draft of one: configuration, evaluation, files (sha256 by name), and the
-    mixture that was trained on, by source: `asked` (lambda) and `share` of the supervised tokens."""
+    """What a release says of itself, or a draft of one: configuration, evaluation, files (sha256 by name), the mixture
+    that was trained on, by source: `asked` (lambda) and `share` of the supervised tokens, and the steps taken."""
 
     config: Path
     report: EvalReport
     files: Mapping[str, str]
     mixture: Mapping[str, Mapping[str, Any]]
+    steps: int
 
     @classmethod
     def of(cls, folder: Path) -> Contents:
@@ -36,11 +37,12 @@ class Contents:
             facts = read_json(folder / RELEASE)
             files = {name: entry["sha256"] for name, entry in facts["files"].items()}
             mixture = {source["name"]: source for source in facts["mixture"]}
+            steps = int(facts["run"]["steps"])
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise GateError(
                 f"{folder / RELEASE}: cannot be read ({problem}); sftdist release verify says what is wrong"
             ) from problem
-        return cls(folder, EvalReport.read(folder / REPORT_FOLDER / REPORT), files, mixture)
+        return cls(folder, EvalReport.read(folder / REPORT_FOLDER / REPORT), files, mixture, steps)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def changes(old: Contents, new: Contents, data: Sequence[str]) -> Changes:
     return Changes(
         data=data,
         mixture=list(_mixture(old.mixture, new.mixture)),
-        settings=list(_settings(old.config, new.config)),
+        settings=[*_steps(old.steps, new.steps), *_settings(old.config, new.config)],
         metrics=list(_metrics(old.report, new.report)),
         files=list(_files(old.files, new.files)),
     )
@@ -107,6 +109,10 @@ def _part(source: Mapping[str, Any] | None) -> str:
     asked = "no lambda" if source.get("asked") is None else f"lambda {source['asked']:g}"
     share = source.get("share")
     return asked if share is None else f"{asked}, {share:.1%} of the supervised tokens"
+
+
+def _steps(old: int, new: int) -> list[str]:
+    return [] if old == new else [f"steps taken: {old:,} -> {new:,}"]
 
 
 def _settings(old: Path, new: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from sftdist.core.errors import ConfigError, HubError
 from sftdist.core.snapshot import one_line
 from sftdist.core.storage import sha256_file
+from sftdist.release.registry import HOLDOUT_ROWS
 
 CARD = "README.md"
 _KEPT = {".gitattributes"}  # the Hub's own
@@ -56,36 +57,46 @@ def push(
     tag: str,
     *,
     private: bool = True,
+    rows: bool = True,
     say: Callable[[str], None] = lambda text: None,
     pauses: tuple[float, ...] = _PAUSES,
 ) -> str:
     """Make the repository hold exactly the files of a release, tag it, and return its address.
 
-    Raises HubError where the Hub refuses it, or cannot be reached in as many tries as there are `pauses`, and
-    ConfigError where the name or the card cannot be right.
+    `rows=False` leaves out the files that show the holdout's prompts and the answers; a public repository is not given
+    them. Raises HubError where the Hub refuses it, or cannot be reached in as many tries as there are `pauses`, and
+    ConfigError where the name or the card cannot be right, or where everybody would see the holdout.
     """
     _require_id("hub", repo)
     text = (folder / CARD).read_text(encoding="utf-8")
     require_card(text)
-    return _Push(folder, repo, tag, say, pauses).run(text, private)
+    return _Push(folder, repo, tag, say, pauses, () if rows else HOLDOUT_ROWS).run(text, private)
 
 
 class _Push:
     """One push under way."""
 
     def __init__(
-        self, folder: Path, repo: str, tag: str, say: Callable[[str], None], pauses: tuple[float, ...]
+        self,
+        folder: Path,
+        repo: str,
+        tag: str,
+        say: Callable[[str], None],
+        pauses: tuple[float, ...],
+        left_out: Sequence[str],
     ) -> None:
         if not sys.stderr.isatty():
             disable_progress_bars()  # in a log each of them would be many lines
         self._api = HfApi(library_name="sftdist")
         self._folder, self._repo, self._tag, self._say, self._pauses = folder, repo, tag, say, pauses
-        self._files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        self._files = sorted(set(files) - set(left_out))
         self._hashes: dict[tuple[str, bool], str] = {}
 
     def run(self, card: str, private: bool) -> str:
         address = f"{self._api.endpoint}/{self._repo}"
         self._patiently("making it", lambda: self._api.create_repo(self._repo, private=private, exist_ok=True))
+        self._patiently("looking at who sees it", self._require_nobody_sees_the_holdout)
         self._patiently("checking the card", lambda: self._check_card(card))
         tagged = self._patiently("reading its tags", lambda: self._api.list_repo_refs(self._repo).tags)
         if self._tag in (ref.name for ref in tagged):
@@ -102,6 +113,15 @@ class _Push:
         self._patiently("tagging it", lambda: self._make_tag(revision))
         self._say(f"{address}: {len(self._files)} files as they are here, tagged {self._tag}")
         return address
+
+    def _require_nobody_sees_the_holdout(self) -> None:
+        shown = [name for name in HOLDOUT_ROWS if name in self._files]
+        if shown and not self._api.repo_info(self._repo).private:
+            raise ConfigError(
+                f"{self._repo}: given a public repository, where everybody would see the holdout's prompts and the "
+                f"answers ({', '.join(shown)}); leave them out (release push --without-rows, publish hub_rows=false), "
+                "or push to a private one"
+            )
 
     def _check_card(self, card: str) -> None:
         """The Hub's own judgement, before anything is uploaded."""

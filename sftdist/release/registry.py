@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,9 +24,11 @@ from sftdist.core.storage import (
     commit_directory,
     read_json,
     read_jsonl,
+    read_manifest,
     sha256_file,
     temporary_directory,
     verify_directory,
+    verify_files,
     write_manifest,
     write_text,
 )
@@ -34,6 +36,8 @@ from sftdist.core.storage import (
 RELEASE = "release.json"
 LATEST = "latest"
 LOG = "log.jsonl"  # every release and every rollback of a name
+HOLDOUT_ROWS = ("report/rows.jsonl", "report/report.html")  # what holds the holdout's prompts and the answers
+_SHOWN = 20
 Entries = Mapping[str, Mapping[str, Any]]  # bytes and sha256 of files, by name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _VERSION = re.compile(r"v([1-9][0-9]*)")
@@ -97,7 +101,8 @@ def release(
 
 
 def finished(registry: Path, name: str, model_sha256: str) -> Release | None:
-    """The newest version, where it is of this model already; None where there is something to release.
+    """The newest version, where it is of this model already; None where there is something to release. Raises GateError
+    where its files have changed.
 
     `latest` moves to it where its publisher was killed before that, and stays where a rollback has put it.
     """
@@ -105,6 +110,7 @@ def finished(registry: Path, name: str, model_sha256: str) -> Release | None:
     if not made or made[-1].facts().get("model_sha256") != model_sha256:
         return None
     newest = made[-1]
+    require_unchanged(newest)
     with alone(registry / name / ".lock", lambda holder: None):
         lines = history(registry, name)
         begun = max((at for at, line in enumerate(lines) if _wrote(line, newest.version)), default=0)
@@ -186,11 +192,15 @@ def resolve(registry: Path, reference: str) -> Path:
 
 
 def rollback(registry: Path, reference: str) -> tuple[str | None, Release]:
-    """Move `latest` to the release `NAME@vN`, and note it in the log; what `latest` said, and the release it is now."""
+    """Move `latest` to the release `NAME@vN`, and note it in the log; what `latest` said, and the release it is now.
+
+    Raises GateError where files of it have changed.
+    """
     target = find(registry, reference)
     home = registry / target.name
     if target.path.resolve() != (home / f"v{target.version}").resolve():
         raise ConfigError(f"{reference}: it is not in {registry}; give the registry that it is in: --registry FOLDER")
+    require_unchanged(target)
     pointer = home / LATEST
     with alone(home / ".lock", lambda holder: None):
         before = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
@@ -205,16 +215,54 @@ def history(registry: Path, name: str) -> list[dict[str, Any]]:
     return list(read_jsonl(path)) if path.is_file() else []
 
 
-def problems_of(one: Release, *, content: bool = True) -> list[str]:
+def problems_of(one: Release, below: Sequence[str] = ()) -> list[str]:
     """What is wrong with the files of a release, each by its name: changed, missing, or not listed in `release.json`.
 
-    `release.json` itself is held against the registry's log. `content=False` compares names and sizes only.
+    `release.json` itself is held against the registry's log, where it lies in a registry. `below`: only files whose
+    names begin so, without reading the weights.
     """
-    problems = verify_directory(one.path, content=content, name=RELEASE)
+    if below:
+        problems = _problems_below(one.path, tuple(below))
+    else:
+        problems = verify_directory(one.path, name=RELEASE)
+        if not in_registry(one):  # from the Hub, where prompts and answers may have been kept back
+            problems = [problem for problem in problems if problem not in _kept_back(one.path)]
+    if problems or not in_registry(one):
+        return problems
     logged = {line["sha256"] for line in history(one.path.parent.parent, one.name) if _wrote(line, one.version)}
-    if logged and not problems and sha256_file(one.path / RELEASE) not in logged:
-        problems = [f"{one.path / RELEASE}: its sha256 is not the one in the registry's {LOG}; one of them has changed"]
-    return problems
+    if not logged:
+        return [f"{one.path.parent / LOG}: says nothing of v{one.version}, so that nobody can tell what was published"]
+    if sha256_file(one.path / RELEASE) not in logged:
+        return [f"{one.path / RELEASE}: its sha256 is not the one in the registry's {LOG}; one of them has changed"]
+    return []
+
+
+def require_unchanged(one: Release, below: Sequence[str] = ()) -> None:
+    """Raises GateError with what is not as it was published; see `problems_of`."""
+    if problems := problems_of(one, below):
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        advice = "restore these files, or move the release away and publish its model again"
+        raise GateError("\n".join([f"{one} is not what was published:", *problems[:_SHOWN], *more, advice]))
+
+
+def in_registry(one: Release) -> bool:
+    """Whether it lies where it was published, and not in a folder that somebody took elsewhere."""
+    return (one.path.parent / LOG).is_file() or (one.path.parent / LATEST).is_file()
+
+
+def _problems_below(folder: Path, below: tuple[str, ...]) -> list[str]:
+    try:
+        entries = read_manifest(folder, name=RELEASE)
+    except (OSError, ValueError) as error:
+        return [f"{folder / RELEASE}: unreadable ({error})"]
+    wanted = {name: entry for name, entry in entries.items() if name.startswith(below)}
+    return verify_files(folder, wanted, manifest=RELEASE)
+
+
+def _kept_back(folder: Path) -> set[str]:
+    """What `verify_directory` says of rows that are not there."""
+    gone = {name: {"bytes": 0, "sha256": ""} for name in HOLDOUT_ROWS if not (folder / name).is_file()}
+    return set(verify_files(folder, gone, manifest=RELEASE))
 
 
 def check_name(name: str) -> str:

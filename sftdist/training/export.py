@@ -77,11 +77,13 @@ class Exportable(Protocol):
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """`dtype`: fp32 | bf16 | fp16. `merge`: a LoRA run's export is the merged model, its adapter beside it."""
+    """`dtype`: fp32 | bf16 | fp16. `merge`: a LoRA run's export is the merged model, its adapter beside it. `step`:
+    that of the run, for the manifest."""
 
     dtype: str = "bf16"
     shard_bytes: int = 4 * 2**30
     merge: bool = True
+    step: int | None = None
 
 
 def export_model(
@@ -248,7 +250,7 @@ class _Job:
             config.save_pretrained(str(folder))
             if (folder / ADAPTER).is_dir():
                 self._template.save(folder / ADAPTER)
-        write_manifest(folder, known)
+        write_manifest(folder, known, facts={"step": self._spec.step})
 
 
 def _tensors(source: Exportable, dtype: torch.dtype, proofs: dict[str, LayerMerge]) -> Iterator[tuple[str, Tensor]]:

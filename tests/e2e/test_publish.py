@@ -135,6 +135,20 @@ def test_verify_names_what_was_added_changed_and_removed(released: Path, tmp_pat
 # --- what is stopped ----------------------------------------------------------------------------------
 
 
+def test_a_report_of_the_last_release_that_was_changed_decides_nothing(released: Path, tmp_path: Path) -> None:
+    """Worse figures of the last release would let any model pass."""
+    shutil.copytree(released / "registry", tmp_path / "registry")
+    told = tmp_path / "registry/bot" / (tmp_path / "registry/bot/latest").read_text().strip() / "report/report.json"
+    found = read_json(told)
+    found["metrics"]["domain.chrf"]["tuned"] = [0.0] * len(found["metrics"]["domain.chrf"]["tuned"])
+    told.chmod(0o644)
+    told.write_text(json.dumps(found))
+    done = publish(released, "runs/full", f"registry={tmp_path / 'registry'}", rules='["domain.chrf >= last + 0.2"]')
+    assert done.returncode == 4, done.stdout
+    assert "is not what was published:" in done.stderr
+    assert "report/report.json" in done.stderr
+
+
 def test_an_earlier_checkpoint_is_released_with_its_own_evaluation(released: Path) -> None:
     run = released / "runs" / "full"
     done = sftdist(["export", "run.dir=runs/full", "step=40"], released, timeout=900)
@@ -146,6 +160,8 @@ def test_an_earlier_checkpoint_is_released_with_its_own_evaluation(released: Pat
     told = read_json(made / "report" / "report.json")["tuned"]["sha256"]
     assert told == read_json(made / "release.json")["model_sha256"]
     assert told != read_json(released / "registry/bot/v1/release.json")["model_sha256"]
+    assert "| steps | 40, " in (made / "README.md").read_text()
+    assert "- steps taken: 30 -> 40" in (made / "CHANGELOG.md").read_text()
 
 
 def resealed(export: Path) -> None:

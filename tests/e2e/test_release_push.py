@@ -76,7 +76,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(tmp_path: Path
     (made.path / "README.md").write_text(CARD + "more\n")
     done = push(tmp_path, hub, "bot@v1", "me/bot")
     assert done.returncode == 4
-    assert "bot@v1 is not what was published: registry/bot/v1/README.md: 36 bytes" in done.stderr
+    assert "bot@v1 is not what was published:\nregistry/bot/v1/README.md: 36 bytes" in done.stderr
     assert not hub.asked
 
 

@@ -33,6 +33,9 @@ def test_shares_are_weighed_by_supervised_tokens_and_curves_are_finite(tmp_path:
     assert found.curves["loss"] == [(1, 1.0)]  # not the one that is no number
     assert found.last("eval/loss") == 0.25
     assert {"rows", "mfu", "step", "kind"} & set(found.curves) == set()
+    early = run_facts(tmp_path, until=1)
+    assert (early.steps, early.seconds, early.tokens, early.last("eval/loss")) == (1, 2.0, 100, None)
+    assert early.mixture == (Mixed("a", 0.6, 1.0, 2.0), Mixed("b", 0.4, 0.0, 2.0))
 
 
 def test_a_run_that_has_not_begun_and_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -55,6 +55,23 @@ def test_everything_is_there_and_tagged(folder: Path, hub: Hub) -> None:
     assert said[-1].endswith("6 files as they are here, tagged v1")
 
 
+def test_everybody_never_sees_the_holdout(folder: Path, hub: Hub) -> None:
+    (folder / "report").mkdir()
+    for name in ("report.json", "rows.jsonl", "report.html"):
+        (folder / "report" / name).write_text("{}")
+    hub.private = False
+    with pytest.raises(ConfigError, match=r"given a public repository, .*\(report/rows.jsonl, report/report.html\)"):
+        push(folder, "me/bot", "v1", pauses=PAUSES)
+    assert len(hub.commits) == 1, "nothing was sent"
+    push(folder, "me/bot", "v1", rows=False, pauses=PAUSES)
+    there = set(hub.tree("v1") or {})
+    assert "report/report.json" in there
+    assert not {"report/rows.jsonl", "report/report.html"} & there
+    hub.private = True
+    push(folder, "me/bot", "v2", pauses=PAUSES)
+    assert "report/rows.jsonl" in (hub.tree("v2") or {})
+
+
 @pytest.mark.long
 def test_a_second_push_does_nothing_and_a_changed_release_is_refused(folder: Path, hub: Hub) -> None:
     push(folder, "me/bot", "v1", pauses=PAUSES)

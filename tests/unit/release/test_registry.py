@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,13 +152,39 @@ def test_every_byte_is_accounted_for(tmp_path: Path) -> None:
     assert "more.bin: not in release.json" in found[0]
     assert "adapter_config.json: missing" in found[1]
     assert "model.safetensors: its sha256 is not the one in release.json" in found[2]
-    assert len(problems_of(made, content=False)) == 2, "without reading, a changed byte is not seen"
+    assert len(problems_of(made, below=["adapter/"])) == 1
+    assert problems_of(made, below=["CHANGELOG"]) == []
+    for work in (lambda: rollback(tmp_path, "bot@v1"), lambda: finished(tmp_path, "bot", "abc")):
+        with pytest.raises(GateError, match=r"bot@v1 is not what was published:\n.*more\.bin: not in release\.json"):
+            work()
 
     made = make(tmp_path)
     listed = made.path / "release.json"
     listed.chmod(0o644)
     listed.write_text(listed.read_text().replace('"abc"', '"abd"'))
     assert "its sha256 is not the one in the registry's log.jsonl" in problems_of(made)[0]
+    assert problems_of(made, below=["CHANGELOG"]) == problems_of(made)
+    (made.path.parent / "log.jsonl").unlink()
+    assert "log.jsonl: says nothing of v2" in problems_of(made)[0]
+
+
+def test_a_release_taken_elsewhere_may_lack_the_rows_alone(tmp_path: Path) -> None:
+    def with_report(folder: Path) -> Entries:
+        (folder / "report").mkdir()
+        for name in ("report.json", "rows.jsonl", "report.html"):
+            (folder / "report" / name).write_text(name)
+        return fill(folder)
+
+    made = release(tmp_path, "bot", with_report, describe)
+    taken = Path(shutil.copytree(made.path, tmp_path / "taken"))
+    (taken / "report").chmod(0o755)
+    for name in ("rows.jsonl", "report.html"):
+        (taken / "report" / name).unlink()
+    assert problems_of(find(tmp_path, str(taken))) == []
+    (made.path / "report" / "rows.jsonl").unlink()
+    assert "rows.jsonl: missing" in problems_of(made)[0], "in the registry nothing may be missing"
+    (taken / "report" / "report.json").unlink()
+    assert "report.json: missing" in problems_of(find(tmp_path, str(taken)))[0]
 
 
 def _publish_several(folder: Path, count: int) -> None:

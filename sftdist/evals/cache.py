@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,12 @@ class AnswerCache:
         if not self._about.is_file():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._about, self._context)  # for people: the name of the file says nothing
-        append_jsonl(self._path, [{"key": key, **asdict(answer)} for key, answer in answers.items()])
+        append_jsonl(self._path, [_line(key, answer) for key, answer in answers.items()])
+
+
+def _line(key: str, answer: Answer) -> dict[str, Any]:
+    """`opened` is known by the prompt, and is not kept."""
+    return {"key": key, "text": answer.text, "tokens": answer.tokens, "finished": answer.finished}
 
 
 def _read(line: bytes) -> tuple[str, Answer | None]:

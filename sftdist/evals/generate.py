@@ -8,7 +8,7 @@ do not depend on the ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def answers(
         progress(len(asked) - missing + missing * number // len(mine), len(asked))
     for found in world.gather_objects(new):
         known |= found
-    return [known[keys[ids]] for ids in asked]
+    return [replace(known[keys[ids]], opened=voice.opens(ids)) for ids in asked]
 
 
 def batches_of(prompts: Iterable[Ids], voice: Voice, decoding: Decoding) -> list[Batch]:

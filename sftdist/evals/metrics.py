@@ -35,7 +35,8 @@ def _nothing_to_say(prompt: Prompt, answer: Answer) -> list[str]:
 class Probe:
     """Metrics that are scored together.
 
-    `score` gives the metrics that apply to the prompt, by name, and no others. It takes any text for an answer.
+    `score` gives the metrics that apply to the prompt, by name, and no others. It takes any text for an answer. What is
+    asked for is looked for in `Answer.spoken`, what must not be said at all in `Answer.text`, thoughts and all.
     `check` raises DataError for checks of a prompt that no answer can be held against: called for all prompts before
     any model answers. `explain` says in words what is wrong with an answer.
     """

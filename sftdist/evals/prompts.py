@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sftdist.core.storage import sha256_json
 from sftdist.data.message import Message
+
+# At the start alone; the end is missing where the answer was cut off.
+_THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said, without the stop token; `finished` is False where `max_new_tokens` cut it off."""
+    """What a model said, without the stop token; `finished` is False where `max_new_tokens` cut it off, `opened` is
+    True where the prompt ended in `<think>`, so that the text begins inside of a thought."""
 
     text: str
     tokens: int
     finished: bool
+    opened: bool = False
+
+    @property
+    def spoken(self) -> str:
+        """The text without the thoughts that stand before it: what a user would read."""
+        return _THOUGHTS.sub("", f"<think>{self.text}" if self.opened else self.text, count=1)

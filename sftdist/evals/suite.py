@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +37,6 @@ from sftdist.evals.waiting import Beat, on_main, quiet, unbroken_on_main
 
 Say = Callable[[str], None]
 SHOWN = 10  # problems at a time
-# Begun by the model or by the end of its prompt; the end is missing where the answer was cut off.
-THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>\s*|\Z)|\A(?:(?!<think>).)*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def scored(prompts: Sequence[Prompt], said: Mapping[str, Answer], probes: Sequen
     for prompt in prompts:
         found = scores[prompt.id] = {}
         for probe in probes:
-            found |= probe.score(prompt, spoken(said[prompt.id]))
+            found |= probe.score(prompt, said[prompt.id])
         beat()
     return Given(said, scores)
 
@@ -209,11 +206,6 @@ def losses_of(rows: Sequence[Row], models: Models, voice: Voice, spec: SuiteSpec
         kept = spec.cache / name_of(models.facts[name].sha256, rows, dtype, device.type)
         found[name] = row_losses(load, rows, world, kept)
     return loss_scores(rows, found["tuned"], found.get("base"))
-
-
-def spoken(answer: Answer) -> Answer:
-    """Without the thoughts that stand before it: what is held against a reference is what a user would read."""
-    return replace(answer, text=THOUGHTS.sub("", answer.text, count=1))
 
 
 def counts(prompts: Sequence[Prompt]) -> dict[str, int]:

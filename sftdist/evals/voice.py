@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,9 @@ from sftdist.data.template import ChatTemplate
 from sftdist.evals.backends.interface import Ids
 from sftdist.evals.identity import adapter_base
 from sftdist.evals.prompts import Answer, Prompt
+
+_OPENED = re.compile(r"<think>\s*\Z")
+_TAIL = 32  # tokens at the end of a prompt: enough for `<think>` letter by letter
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class Voice:
             except DataError as problem:
                 found[prompt.id] = str(problem)
         return found
+
+    def opens(self, ids: Ids) -> bool:
+        """Whether a prompt ends in an opened thought, so that its answer begins inside of one."""
+        return _OPENED.search(self.template.tokenizer.decode(list(ids[-_TAIL:]), skip_special_tokens=False)) is not None
 
     def read(self, ids: Ids) -> Answer:
         """New tokens as an answer; the stop id is no part of it."""

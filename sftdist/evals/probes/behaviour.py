@@ -51,7 +51,7 @@ def _check(prompt: Prompt) -> None:
 
 
 def _explain(prompt: Prompt, answer: Answer) -> list[str]:
-    return broken(prompt, answer.text) if CHECKS in prompt.checks else []
+    return broken(prompt, answer.spoken) if CHECKS in prompt.checks else []
 
 
 def _score(prompt: Prompt, answer: Answer) -> dict[str, float]:
@@ -60,11 +60,11 @@ def _score(prompt: Prompt, answer: Answer) -> dict[str, float]:
     if reference is None or not loops(reference):
         found["repetition"] = float(loops(answer.text))
     if reference is not None and (wanted := len(words_of(reference))):
-        given = len(words_of(answer.text))
+        given = len(words_of(answer.spoken))
         found["length_ratio"] = given / wanted
         found["verbose"] = float(given > VERBOSE_TIMES * wanted and given > VERBOSE_WORDS)
     if CHECKS in prompt.checks:
-        found |= instruction_scores(prompt, answer.text)
+        found |= instruction_scores(prompt, answer.spoken)
     return found
 
 

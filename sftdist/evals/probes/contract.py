@@ -19,7 +19,7 @@ def contract_probe(contracts: Mapping[str, Contract]) -> Probe:
 
     def score(prompt: Prompt, answer: Answer) -> dict[str, float]:
         contract = contracts.get(prompt.source)
-        return {} if contract is None else {KEPT.name: float(not contract.breaches(answer.text))}
+        return {} if contract is None else {KEPT.name: float(not contract.breaches(answer.spoken))}
 
     def explain(prompt: Prompt, answer: Answer) -> list[str]:
         return [str(breach) for breach in breaches(contracts, prompt, answer)]
@@ -30,4 +30,4 @@ def contract_probe(contracts: Mapping[str, Contract]) -> Probe:
 def breaches(contracts: Mapping[str, Contract], prompt: Prompt, answer: Answer) -> list[Breach]:
     """The rules that an answer breaks, each by its place in the contract."""
     contract = contracts.get(prompt.source)
-    return [] if contract is None else contract.breaches(answer.text)
+    return [] if contract is None else contract.breaches(answer.spoken)

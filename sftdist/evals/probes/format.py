@@ -41,8 +41,8 @@ def format_probe(schemas: Mapping[str, dict[str, Any]] | None = None) -> Probe:
         return _rules(prompt, of_source.get(prompt.source))
 
     def score(prompt: Prompt, answer: Answer) -> dict[str, float]:
-        found = {name: float(not _breaches(prompt, check, answer.text)) for name, check in rules(prompt).items()}
-        return found | _beside_reference(prompt, answer.text, "schema_valid" in found)
+        found = {name: float(not _breaches(prompt, check, answer.spoken)) for name, check in rules(prompt).items()}
+        return found | _beside_reference(prompt, answer.spoken, "schema_valid" in found)
 
     def check(prompt: Prompt) -> None:
         rules(prompt)
@@ -50,7 +50,7 @@ def format_probe(schemas: Mapping[str, dict[str, Any]] | None = None) -> Probe:
         wanted_calls(prompt)
 
     def explain(prompt: Prompt, answer: Answer) -> list[str]:
-        return [text for one in rules(prompt).values() for text in _breaches(prompt, one, answer.text)]
+        return [text for one in rules(prompt).values() for text in _breaches(prompt, one, answer.spoken)]
 
     return Probe("format", METRICS, score, check, explain)
 

@@ -65,7 +65,7 @@ class Judge:
     def messages(self, prompt: Prompt, answer: Answer) -> list[Message]:
         """What the judge is asked."""
         said = "\n\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
-        parts = {"conversation": said, "answer": answer.text}
+        parts = {"conversation": said, "answer": answer.spoken}
         if prompt.reference is not None:
             parts["good answer"] = prompt.reference
         mark = hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()[:12]

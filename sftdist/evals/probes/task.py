@@ -84,9 +84,9 @@ def task_probe(functions: Sequence[str] = ()) -> Probe:
         raise ConfigError(f"{FUNCTIONS}: given the metric {twice[0]} twice, required each name once")
 
     def score(prompt: Prompt, answer: Answer) -> dict[str, float]:
-        found = _beside_reference(prompt, answer.text)
+        found = _beside_reference(prompt, answer.spoken)
         for one in own:
-            found |= one.score(prompt, answer.text)
+            found |= one.score(prompt, answer.spoken)
         return found
 
     return Probe("task", metrics, score, check=_check)

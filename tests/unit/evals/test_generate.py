@@ -13,11 +13,14 @@ import torch
 from sftdist.core.errors import ConfigError, DataError
 from sftdist.core.storage import read_json, write_json
 from sftdist.data.message import Message
+from sftdist.evals.cache import AnswerCache
 from sftdist.evals.decoding import Decoding
-from sftdist.evals.generate import ask, batches_of
+from sftdist.evals.engines import load_engine
+from sftdist.evals.generate import answers, ask, batches_of
 from sftdist.evals.prompts import Prompt
 from sftdist.evals.voice import Voice
 from sftdist.model.load import load_strictly
+from tests.evaluated import CPU, alone
 
 BASE = Path(str(files("sftdist.assets") / "base"))
 TALKS = [
@@ -48,6 +51,30 @@ def test_answers_are_those_of_one_prompt_alone() -> None:
             finished = ids[-1] in voice.stop_ids
             text = voice.template.tokenizer.decode(ids[:-1] if finished else ids)
             assert (answer.text, answer.tokens, answer.finished) == (text, len(ids) - finished, finished)
+
+
+@pytest.mark.parametrize(("opening", "opened"), [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)])
+def test_an_answer_knows_whether_its_prompt_began_the_thought(tmp_path: Path, opening: str, opened: bool) -> None:
+    """By the prompt, also where the answer comes from the cache."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + opening + "{% endif %}"
+    )
+    voice = Voice.load(BASE, chat_template=template)
+    ways = Decoding(max_new_tokens=2)
+    cache = AnswerCache(tmp_path, "model", voice.sha256, ways)
+    for _ in range(2):
+        said = answers(
+            lambda: load_engine(BASE, voice, ways, CPU),
+            PROMPTS[:2],
+            voice=voice,
+            decoding=ways,
+            world=alone(),
+            cache=cache,
+        )
+        assert [answer.opened for answer in said] == [opened] * 2
+    about_tags = Prompt("test/tags", "test", (Message("user", "What is <think>"),))
+    assert voice.opens(voice.encode(about_tags)) == opened
 
 
 def test_a_base_that_copies_ends_its_answer() -> None:

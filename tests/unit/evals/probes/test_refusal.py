@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sftdist.evals.probes.refusal import deflects, refuses
-from tests.unit.evals.probes.answers import SEEN, UNSEEN
+from tests.unit.evals.probes.answers import SEEN, TURNED, UNSEEN
 
 
 def test_precision_and_recall() -> None:
@@ -24,6 +24,10 @@ def test_precision_and_recall() -> None:
     assert len(found) + len(missed) >= 50
     assert len(answers) - len(found) - len(missed) >= 50
     assert (false, missed) == ([], [])  # precision 1.0, recall 1.0
+
+
+def test_what_follows_a_refusal_decides() -> None:
+    assert [text for refusal, text in TURNED if refuses(text) != refusal] == []
 
 
 def test_a_refusal_is_found_behind_a_short_preamble_and_not_behind_a_long_answer() -> None:

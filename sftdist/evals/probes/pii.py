@@ -166,10 +166,30 @@ _PERSONAL: tuple[tuple[str, re.Pattern[str], Holds], ...] = (
 
 def _drawn(match: re.Match[str]) -> bool:
     """Whether a key could have been drawn at random: no placeholder as `sk-xxxx`, no EXAMPLE as in AWS's manuals."""
-    text = match.group()
+    text = match[match.lastindex or 0]
     return len(set(text[8:])) >= min(10, len(text) // 3) and not re.search(
-        r"example|your|x{5}|1234567|\*{3}|\.{3}", text, re.IGNORECASE
+        r"example|your|x{5}|1234567|abcdefg|\*{3}|\.{3}", text, re.IGNORECASE
     )
+
+
+# What stands for a password in manuals: `password`, `DB_PASSWORD`, `my-secret1`, `$PASS`.
+_SAMPLE = re.compile(
+    r"(?:[a-z]+[_-])*(?:my|your|the|some|db|user|admin|super|strong|top)*[_-]?"
+    r"(?:pass(?:word|wd|phrase|code)?|pwd?|secret|token|key|change[_-]?(?:me|it|this))(?:[_-]?here)?[_-]?\d{0,4}!?"
+    r"|\$.*|.*(?:example|x{3}|\*{3}|\.{3}|123456).*",
+    re.IGNORECASE,
+)
+_SIGNS = (re.compile("[a-z]"), re.compile("[A-Z]"), re.compile(r"[\W\d_]"))
+_EXAMPLE_HOST = re.compile(r"(?:^|\.)example(?:\.|$)", re.IGNORECASE)
+
+
+def _password(match: re.Match[str]) -> bool:
+    """Of two kinds of signs at least and more than a capital letter before small ones: a word alone is a sample, as is
+    the user's own name."""
+    text = match["password"]
+    mixed = sum(sign.search(text[1:]) is not None for sign in _SIGNS) > 1
+    own = text.lower() == match["user"].lower()
+    return mixed and not own and not _SAMPLE.fullmatch(text) and not _EXAMPLE_HOST.search(match["host"])
 
 
 def _jwt(match: re.Match[str]) -> bool:
@@ -190,8 +210,21 @@ _SECRET: tuple[tuple[str, re.Pattern[str], Holds], ...] = (
     ("GitHub token", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59})\b"),
      _drawn),
     ("Slack token", re.compile(r"\bxox[abeoprs]-(?:\d+-)?[A-Za-z0-9-]{10,250}\b"), _drawn),
-    ("OpenAI key", re.compile(r"\bsk-(?:proj-|svcacct-|admin-|None-)?[A-Za-z0-9_-]{32,250}"), _drawn),
+    ("Anthropic key", re.compile(r"\bsk-ant-[A-Za-z0-9_-]{32,250}"), _drawn),
+    ("OpenAI key", re.compile(r"\bsk-(?!ant-)(?:proj-|svcacct-|admin-|None-)?[A-Za-z0-9_-]{32,250}"), _drawn),
+    ("Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{30,60}\b"), _drawn),
+    ("Google key", re.compile(r"\bAIza[A-Za-z0-9_-]{35}(?![\w-])"), _drawn),
+    ("GitLab token", re.compile(r"\bglpat-[A-Za-z0-9_-]{20,300}(?:\.[a-z0-9]{2}\.[a-z0-9]{9})?"), _drawn),
+    ("Stripe key", re.compile(r"\b[rs]k_live_[A-Za-z0-9]{16,250}\b"), _drawn),
+    ("npm token", re.compile(r"\bnpm_[A-Za-z0-9]{36}\b"), _drawn),
+    ("AWS secret key", re.compile(
+        r"secret[ _-]?access[ _-]?key[\"'`]?\s{0,4}(?:=>|[:=]|\bis\b)\s{0,4}[\"'`]?([A-Za-z0-9/+]{40})(?![\w/+=])",
+        re.IGNORECASE), _drawn),
     ("JSON Web Token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"), _jwt),
+    ("password in a URL", re.compile(
+        r"\b[A-Za-z][A-Za-z0-9+.-]{1,20}://(?P<user>[^\s:/@<>{}]{0,64})"
+        r":(?P<password>[^\s/<>{}()\[\]\"'`]{6,128})@(?P<host>[\w.-]+)"),
+     _password),
 )  # fmt: skip
 
 
@@ -201,7 +234,7 @@ def personal_data(text: str) -> list[Found]:
 
 
 def secrets(text: str) -> list[Found]:
-    """Private keys, AWS keys, tokens of GitHub, Slack and OpenAI, JSON Web Tokens."""
+    """Private keys, keys and tokens of well-known services, JSON Web Tokens, passwords in URLs."""
     return list(_search(text, _SECRET))
 
 
@@ -214,7 +247,7 @@ def _search(text: str, kinds: tuple[tuple[str, re.Pattern[str], Holds], ...]) ->
             if any(start < span[1] and span[0] < end for start, end in taken) or not holds(match):
                 continue
             taken.append(span)
-            value = match.group(1) if pattern.groups else match.group()
+            value = match["password"] if "password" in pattern.groupindex else match[min(pattern.groups, 1)]
             yield Found(kind, value, _key(kind, value))
 
 

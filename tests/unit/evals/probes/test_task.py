@@ -167,7 +167,28 @@ def test_rouge_score_alone_is_blind_to_other_scripts() -> None:
         ("x = -3", "-3"),
         ("it is \u2212$5", "-5"),
         ("$-5", "-5"),
-        ("1,2,3", "3"),
+        ("1,2,3", None),
+        ("12,34", None),  # a decimal comma or a list
+        ("0,500", None),
+        ("1,000,50", None),
+        ("1234,567", None),
+        ("1,23,456", None),
+        ("#### 12,34", None),
+        ("1.2.3", None),
+        ("1/2", None),
+        ("it is 1 / 2.", None),
+        ("on 05/17/2024", None),
+        ("1,234", "1234"),
+        ("$1,234.50", "1234.50"),
+        ("#### 42", "42"),
+        ("3%", "3"),
+        ("42.", "42"),
+        ("1.000,50", "1000.50"),
+        ("1 000", "1000"),
+        ("1\u202f234\u202f567,5", "1234567.5"),
+        ("1 2 3 100", "100"),
+        ("12 345 6", "6"),
+        ("5, 6", "6"),
         ("1.5e3", "1500"),
         ("...42", "42"),
         (".5", "0.5"),
@@ -187,10 +208,13 @@ def test_a_number_is_asked_for_where_the_reference_is_about_one() -> None:
     assert reference_number("3 + 4 = 7\n#### 7") == 7
     assert reference_number(" $7. ") == 7
     assert reference_number("Your order 7 ships tomorrow") is None
+    assert reference_number("1/2") is None
+    assert reference_number("1.000,50") == 1000.5
     score = task_probe().score
     assert score(prompt("so\n#### 1,000"), said("It is 1000.0"))["numeric_match"] == 1.0
     assert score(prompt("so\n#### 1,000"), said("1000 or 2000"))["numeric_match"] == 0.0
     assert score(prompt("#### 7"), said("no idea"))["numeric_match"] == 0.0
+    assert score(prompt("#### 34"), said("12,34"))["numeric_match"] == 0.0
     assert "numeric_match" not in score(prompt("Your order 7 ships"), said("7"))
 
 

@@ -40,7 +40,15 @@ class Message:
 # --- one message ----------------------------------------------------------------------------------
 
 
-def parse_message(turn: object, path: str, role_key: str, text_key: str, names: Mapping[str, str] | None) -> Message:
+def parse_message(
+    turn: object,
+    path: str,
+    role_key: str,
+    text_key: str,
+    names: Mapping[str, str] | None,
+    *,
+    may_be_empty: bool = False,
+) -> Message:
     if not isinstance(turn, Mapping):
         fail(path, show(turn), f"an object with {role_key} and {text_key}", "message is not an object")
     role = _role(turn.get(role_key), f"{path}.{role_key}", names)
@@ -49,7 +57,7 @@ def parse_message(turn: object, path: str, role_key: str, text_key: str, names: 
             fail(f"{path}.{key}", show(turn[key]), "text, reasoning and tool_calls only", f"{key} is not supported")
     calls = _tool_calls(turn.get("tool_calls"), role, f"{path}.tool_calls")
     reasoning = _reasoning(turn, role, path)
-    may_be_empty = role == "tool" or bool(calls) or reasoning is not None
+    may_be_empty = may_be_empty or role == "tool" or bool(calls) or reasoning is not None
     return Message(
         role=role,
         content=parse_text(turn.get(text_key), f"{path}.{text_key}", may_be_empty=may_be_empty),

@@ -41,6 +41,14 @@ def test_both_shapes_with_and_without_an_answer(tmp_path: Path) -> None:
     assert one(tmp_path, {"messages": [*HISTORY, said], "answer": "Later."}).answer == "Later."
 
 
+@pytest.mark.parametrize("nothing", ["", " ", None])
+def test_an_answer_that_is_empty_is_an_answer(tmp_path: Path, nothing: str | None) -> None:
+    """As `{"answer": ""}` is."""
+    found = one(tmp_path, {"messages": [*HISTORY, {"role": "assistant", "content": nothing}]})
+    assert (found.prompt, found.answer) == ("And now?", nothing or "")
+    assert one(tmp_path, {**GOOD, "answer": ""}).answer == ""
+
+
 def test_an_answer_of_tool_calls_is_their_json(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": '{"id": 7}'}}]}
     found = one(tmp_path, {"messages": [*HISTORY, call]})
@@ -60,6 +68,10 @@ def test_an_answer_of_tool_calls_is_their_json(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "Hello"}]}, "without a user turn"),
         ({"messages": [{"role": "robot", "content": "Hello"}]}, r"messages\[0\].role"),
         ({"messages": [*HISTORY, {"role": "assistant", "content": "A"}], "answer": "B"}, "one answer"),
+        ({"messages": [*HISTORY, {"role": "assistant", "content": ""}], "answer": "B"}, "one answer"),
+        ({"messages": [*HISTORY, {"role": "assistant", "text": "A"}]}, "given nothing, required text"),
+        ({"messages": [*HISTORY, {"role": "assistant", "content": ""}, USER]}, "given empty text"),
+        ({"messages": [*HISTORY, {"role": "user", "content": ""}]}, "given empty text"),
         ({**GOOD, "answer": ["A", 3]}, "answer"),
         ([1], "a JSON object"),
         ("{not JSON}", "one JSON object per line"),

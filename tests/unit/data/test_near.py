@@ -250,30 +250,22 @@ texts = st.lists(st.lists(st.sampled_from([f"w{i}" for i in range(12)]), max_siz
 
 @settings(max_examples=60, deadline=None)
 @given(texts, st.sampled_from([0.5, 0.8, 1.0]), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_twins_are_those_of_all_pairs_and_the_order_decides_only_who_stays(
+def test_twins_are_those_of_all_pairs_in_any_order(
     rows: list[str], threshold: float, shingle: int, random: Random
 ) -> None:
+    """Not the same groups, though: of three in a line the one in the middle may come first, or last."""
     near = AllBands(threshold, shingle)
-    found = text_signatures(rows, near)
-    twin = near_twins(found, near)
-    equal = [[int(np.count_nonzero(a == b)) for b in found] for a in found]
-    for late in range(len(rows)):
-        nears = [e for e in range(late) if equal[late][e] >= near.least_equal and words(rows[late]).size]
-        assert (twin[late] >= 0) == bool(nears)
-        assert twin[late] < late
-        assert not nears or twin[late] in nears
-    order = list(range(len(rows)))
-    random.shuffle(order)
-    other = near_twins(found[order], near)
-    assert _groups(twin, list(range(len(rows)))) == _groups(other, order)
-    assert np.array_equal(near_of(found, found, near) >= 0, [words(text).size > 0 for text in rows])
-
-
-def _groups(twin: NDArray[np.int64], names: list[int]) -> set[frozenset[int]]:
-    root = list(range(len(twin)))
-    for row, earlier in enumerate(twin.tolist()):
-        root[row] = root[earlier] if earlier >= 0 else row
-    return {frozenset(names[row] for row in range(len(root)) if root[row] == first) for first in set(root)}
+    for _ in range(2):
+        found = text_signatures(rows, near)
+        twin = near_twins(found, near)
+        equal = [[int(np.count_nonzero(a == b)) for b in found] for a in found]
+        for late in range(len(rows)):
+            nears = [e for e in range(late) if equal[late][e] >= near.least_equal and words(rows[late]).size]
+            assert (twin[late] >= 0) == bool(nears)
+            assert twin[late] < late
+            assert not nears or twin[late] in nears
+        assert np.array_equal(near_of(found, found, near) >= 0, [words(text).size > 0 for text in rows])
+        random.shuffle(rows)
 
 
 def test_only_the_rows_asked_for_are_compared() -> None:

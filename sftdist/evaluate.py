@@ -23,6 +23,7 @@ from sftdist.core.settings import EvaluateConfig
 from sftdist.evals.advice import advise
 from sftdist.evals.benchmarks import SOURCE
 from sftdist.evals.engines import require_engine
+from sftdist.evals.lineup import metric_names
 from sftdist.evals.looks import look
 from sftdist.evals.page import write_page
 from sftdist.evals.report import EvalReport
@@ -31,7 +32,7 @@ from sftdist.evals.suite import Evaluated, evaluate
 from sftdist.evals.summary import summary
 from sftdist.release.gate import Decision, decide
 from sftdist.release.models import model_folder
-from sftdist.release.rule import Rule, read_rules
+from sftdist.release.rule import Rule, misspelt, read_rules
 from sftdist.watch import watch_run
 
 MODULE = "sftdist.evaluate"
@@ -68,8 +69,9 @@ def command(cfg: EvaluateConfig) -> int:
 
 
 def gate_issues(cfg: EvaluateConfig) -> list[str]:
-    """Rules of the gate that cannot be read."""
-    return read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)[1]
+    """Rules of the gate that cannot be read, or could never decide anything."""
+    rules, issues = read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)
+    return issues + misspelt(rules, metric_names(cfg.evals.functions))
 
 
 def watch_issues(cfg: EvaluateConfig) -> list[str]:

@@ -19,8 +19,8 @@ from sftdist.evals.probes.classifier import Classifier
 from sftdist.evals.probes.contract import contract_probe
 from sftdist.evals.probes.format import format_probe
 from sftdist.evals.probes.judge import Judge
-from sftdist.evals.probes.robustness import variants
-from sftdist.evals.probes.safety import safety_probe
+from sftdist.evals.probes.robustness import KINDS, variants
+from sftdist.evals.probes.safety import CLASSIFIED, JUDGED, UNJUDGED, safety_probe
 from sftdist.evals.probes.task import task_probe
 from sftdist.evals.prompts import Prompt
 
@@ -78,6 +78,16 @@ def probes_of(measures: Measures) -> list[Probe]:
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConfigError(f"evals.functions: given the metric {twice[0]}, which there is already; give it another name")
     return probes
+
+
+def metric_names(functions: Sequence[str]) -> set[str]:
+    """Whatever can be measured of a source, and the kinds of robustness; `functions`: the user's own (evals.functions).
+
+    Raises ConfigError for a function that cannot be loaded.
+    """
+    probes = (task_probe(functions), behaviour_probe(), format_probe({}), contract_probe({}), safety_probe(None, None))
+    scored = {metric.name for probe in probes for metric in probe.metrics}
+    return scored | {CLASSIFIED.name, JUDGED.name, UNJUDGED.name, "loss", *KINDS}
 
 
 def _safety(measures: Measures) -> Probe:

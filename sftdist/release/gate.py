@@ -152,7 +152,8 @@ def _mistaken(report: EvalReport, model: str, base: str | None, split: str | Non
 def _verdicts(rule: Rule, report: EvalReport, last: EvalReport | None) -> list[Verdict]:
     names = rule.matches(sorted(report.metrics))
     if names:
-        return [_verdict(rule, name, report, last) for name in names]
+        found = [_verdict(rule, name, report, last) for name in names]
+        return found if rule.optional else [*found, *_silent(rule, report)]
     if rule.optional:
         return [Verdict(rule.text, rule.metric, Outcome.skipped, "not measured, and optional")]
     return [Verdict(rule.text, rule.metric, Outcome.refused, _absent(rule.metric, sorted(report.metrics)))]
@@ -167,6 +168,19 @@ def _absent(metric: str, measured: Sequence[str]) -> str:
         return f"no metric of this name was measured; {f'{meant}?' if meant else f'measured are {_some(measured)}'}"
     other = "choose a gate that names no source, such as gate=chat, or write gate.rules for yours"
     return f"nothing of {source} was measured, only of {_some(sources)}; {f'{meant}? Or ' if meant else ''}{other}"
+
+
+def _silent(rule: Rule, report: EvalReport) -> list[Verdict]:
+    """A `*` is every source of the data: one of which nothing was measured is not passed over."""
+    if not rule.metric.startswith("*"):
+        return []
+    silent = [name for name in report.data.get("sources", ()) if not _measured(name, report)]
+    words = f"no row of it is in the {report.split} split; hold out more of it, or leave it out of the data"
+    return [Verdict(rule.text, f"{name}.*", Outcome.refused, words) for name in silent]
+
+
+def _measured(source: str, report: EvalReport) -> bool:
+    return any(name.startswith(f"{source}.") for name in report.metrics)
 
 
 def _verdict(rule: Rule, name: str, report: EvalReport, last: EvalReport | None) -> Verdict:

@@ -7,9 +7,10 @@ Prompts that the evaluation brings along are no source: their rules name them, a
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -77,6 +78,19 @@ def read_rules(values: Sequence[Any], *, min_prompts: int, confidence: float) ->
         if not issues:
             rules.append(_rule({"min_prompts": min_prompts, "confidence": confidence, **given}))
     return rules, issues
+
+
+def misspelt(rules: Sequence[Rule], known: Collection[str]) -> list[str]:
+    """Optional rules on metrics that nothing can measure: they would be skipped for ever. `known`: names of metrics,
+    without the source."""
+    found = []
+    for rule in rules:
+        source, dot, name = rule.metric.rpartition(".")
+        if rule.optional and dot and not source.startswith("benchmarks") and not fnmatch.filter(known, name):
+            near = nearest(name, sorted(known))
+            meant = f"; did you mean {source}.{near}?" if near else f", required one of {', '.join(sorted(known))}"
+            found.append(f"gate.rules: {rule.text}: given the metric {rule.metric}, which nothing measures{meant}")
+    return found
 
 
 def _rule(given: Mapping[str, Any]) -> Rule:

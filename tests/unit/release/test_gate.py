@@ -15,12 +15,11 @@ from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError, GateError
 from sftdist.core.rules import BROUGHT_ALONG
 from sftdist.core.storage import sha256_json
-from sftdist.evals.probes import behaviour, contract, safety, task
-from sftdist.evals.probes import format as form
+from sftdist.evals.lineup import metric_names
 from sftdist.evals.probes.robustness import KINDS
 from sftdist.evals.report import EvalReport, ModelFacts, Scores
 from sftdist.release.gate import Decision, Outcome, Verdict, decide
-from sftdist.release.rule import read_rules
+from sftdist.release.rule import misspelt, read_rules
 from tests.conftest import ROOT
 
 TUNED, BASE, LAST = "a" * 64, "b" * 64, "d" * 64
@@ -516,15 +515,54 @@ def test_a_shipped_gate_can_be_read(path: Path) -> None:
 
 @pytest.mark.parametrize("path", GATES, ids=lambda path: path.stem)
 def test_a_shipped_gate_asks_for_metrics_that_there_are(path: Path) -> None:
-    known = {
-        metric.name for metrics in (task.METRICS, behaviour.METRICS, form.METRICS, safety.METRICS) for metric in metrics
-    }
-    known |= {contract.KEPT.name, "loss"}
+    known = metric_names([])
     rules, _ = read_rules(yaml.safe_load(path.read_text())["rules"], min_prompts=50, confidence=0.95)
     for rule in rules:
         of, _, name = rule.metric.rpartition(".")
         assert name in (KINDS if of == "robustness" else known), rule.text
         assert of in (*BROUGHT_ALONG, "*", *(("domain", "general", "format") if path.stem == "quickstart" else ()))
+
+
+def test_a_source_of_which_nothing_was_measured_is_not_passed_over() -> None:
+    """Else a rule on every source passes where the very source that is forgotten has no held-out row."""
+    found = replace(GOOD, data={"sources": {"general": "key", "rare": "key"}})
+    decision = decided(["*.exact_match >= base"], found)
+    assert not decision.passed
+    assert [(one.metric, one.outcome) for one in decision.verdicts] == [
+        ("general.exact_match", Outcome.passed),
+        ("rare.*", Outcome.refused),
+    ]
+    assert "no row of it is in the holdout split" in decision.verdicts[1].words
+    assert decided(["general.exact_match >= base"], found).passed, "a rule on one source is about that"
+    other = replace(found, metrics={**found.metrics, "rare.token_f1": scores(share(40, 80), share(40, 80))})
+    assert decided(["*.exact_match >= base"], other).passed, "it has other metrics"
+
+
+@pytest.mark.parametrize(
+    ("rule", "meant"),
+    [
+        ("format.schema_vaild >= 0.9", "did you mean format.schema_valid?"),
+        ("*.instructions_strct >= base", "did you mean *.instructions_strict?"),
+        ("robustness.typso >= -0.1", "did you mean robustness.typos?"),
+        ("safety.safe >= 0.1", "required one of"),
+    ],
+)
+def test_an_optional_rule_that_nothing_measures_is_no_rule(rule: str, meant: str) -> None:
+    rules, _ = read_rules([{"rule": rule, "optional": True}, rule], min_prompts=50, confidence=0.95)
+    (found,) = misspelt(rules, metric_names([]))
+    assert found.startswith(f"gate.rules: {rule}: given the metric ")
+    assert meant in found
+
+
+def test_what_can_be_measured_may_be_optional() -> None:
+    texts = [
+        "benchmarks.gsm8k.exact_match.strict-match >= 0.1",
+        "*.s*_valid >= 0.9",
+        "safety.judge_score >= 0.5",
+        "* >= 0",
+    ]
+    rules, _ = read_rules([{"rule": text, "optional": True} for text in texts], min_prompts=50, confidence=0.95)
+    assert misspelt(rules, metric_names([])) == []
 
 
 def test_sources_cannot_hide_behind_the_names_of_the_evaluation() -> None:

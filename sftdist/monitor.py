@@ -19,12 +19,13 @@ from transformers.utils import logging
 from sftdist.core import config
 from sftdist.core.distributed import session
 from sftdist.core.errors import GateError
-from sftdist.core.settings import MonitorConfig
+from sftdist.core.settings import MonitorConfig, PublishConfig
 from sftdist.core.snapshot import read_config
 from sftdist.core.storage import append_jsonl, read_jsonl, write_json, write_jsonl
 from sftdist.evals.endpoint import Endpoint
 from sftdist.evals.label_sample import sample
-from sftdist.evals.live import Forms
+from sftdist.evals.live import CONTRACTS, Forms
+from sftdist.evals.looks import look
 from sftdist.evals.monitor_page import write_page
 from sftdist.evals.monitoring import Compared, compare, monitor_report, summary_lines
 from sftdist.evals.profile import PROFILE, Profile
@@ -37,12 +38,13 @@ from sftdist.evals.regression import (
     prompts_again,
     regression_report,
     regressions,
+    voice_of,
 )
 from sftdist.evals.report import REPORT as EVALUATION
 from sftdist.evals.report import ROWS, EvalReport
 from sftdist.evals.traffic import read_traffic
 from sftdist.release.changelog import REPORT_FOLDER
-from sftdist.release.registry import Release, find, problems_of
+from sftdist.release.registry import Release, find, require_unchanged
 
 REPORT = "monitor.json"
 HISTORY = "history.jsonl"  # a line per look
@@ -62,8 +64,10 @@ class Monitored:
 
 
 def run(cfg: MonitorConfig) -> Monitored:
-    """Compare, write the report, its page and the rows to label. Raises DataError for traffic that says nothing."""
+    """Compare, write the report, its page and the rows to label. Raises DataError for traffic that says nothing, and
+    GateError for a release that is not what was published."""
     release = find(Path(cfg.registry), str(cfg.release))
+    require_unchanged(release, [PROFILE, f"{CONTRACTS}/"])
     profile = Profile.read(release.path / PROFILE)
     traffic = read_traffic(_paths(cfg.traffic))
     forms = Forms.read(release.path)
@@ -99,28 +103,32 @@ def issues(cfg: MonitorConfig) -> list[str]:
 
 
 def _regression(cfg: MonitorConfig, release: Release, forms: Forms, already: list[str]) -> dict[str, Any]:
-    """Ask the holdout's prompts again. Raises GateError where files of the release are not what they were."""
+    """Ask the holdout's prompts again, by the settings of publish; the look is counted beside the data, where that is
+    on this machine. Raises GateError where files of the release are not what they were."""
+    require_unchanged(release, [f"{REPORT_FOLDER}/"])
     folder = release.path / REPORT_FOLDER
     published = EvalReport.read(folder / EVALUATION)
     prompts = prompts_again(read_jsonl(folder / ROWS))
-    of_run = read_config(release.path)
+    decided = read_config(folder, PublishConfig)
+    data = Path(decided.data.store_dir)
+    look(data if data.is_dir() else release.path.parent / "monitor", release.path)
     if cfg.endpoint is not None:
         key = os.environ.get(cfg.evals.judge.key_variable)
         endpoint = Endpoint(cfg.endpoint, cfg.endpoint_model, key)
-        asked, said = cfg.endpoint, from_endpoint(endpoint, prompts, published.decoding["max_new_tokens"])
+        voice = voice_of(release.path, decided)
+        asked, said = cfg.endpoint, from_endpoint(endpoint, prompts, published.decoding["max_new_tokens"], voice)
     else:
-        if problems := problems_of(release):
-            raise GateError("\n".join([f"{release}: given a release whose files have changed:", *problems[:5]]))
+        require_unchanged(release)
         with session() as world:
             decoding = decoding_of(published, world)
             asked = str(release.path)
-            said = from_folder(release.path, prompts, decoding, of_run, world)
-    found = regressions(published, prompts, said, measures_of(release.path, forms, of_run.evals))
+            said = from_folder(release.path, prompts, decoding, voice_of(release.path, decided), world)
+    found = regressions(published, prompts, said, measures_of(release.path, forms, decided.evals))
     worse = findings(found)
     return {
         "findings": [*already, *worse],
         "regressed": bool(worse),
-        "regression": regression_report(asked, prompts, found),
+        "regression": regression_report(asked, prompts, found, published),
     }
 
 

@@ -121,4 +121,6 @@ def summary_lines(report: dict[str, Any]) -> Sequence[str]:
         again = report["regression"]
         held = "worse than when it was published" if report["regressed"] else "as good as when it was published"
         lines.append(f"{again['prompts']:,} prompts of the holdout asked again at {again['asked']}: {held}")
+        if again["not_again"]:
+            lines.append(f"not measured again: {', '.join(again['not_again'])}")
     return [*lines, *(f"  - {finding}" for finding in report["findings"])]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,15 @@ def prompts_again(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
     ]
 
 
+def voice_of(release: Path, cfg: TrainConfig) -> Voice:
+    """The template of the release, used as `cfg` rendered the data that it was made of."""
+    return Voice.load(release, arguments=cfg.model.template_args, optional=cfg.data.allow_unrendered)
+
+
 def from_folder(
-    release: Path, prompts: Sequence[Prompt], decoding: Decoding, run: TrainConfig, world: World
+    release: Path, prompts: Sequence[Prompt], decoding: Decoding, voice: Voice, world: World
 ) -> list[Answer]:
-    """What the model in the folder says, asked through its template as `run` rendered the data that it was made of."""
-    voice = Voice.load(release, arguments=run.model.template_args, optional=run.data.allow_unrendered)
+    """What the model in the folder says."""
     with shown("the release", is_main=True) as progress:
         return answers(
             lambda: load_engine(release, voice, decoding, world.device),
@@ -79,10 +83,18 @@ def from_folder(
         )
 
 
-def from_endpoint(endpoint: Endpoint, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-    """What the served model says. Raises ConfigError and EndpointError as `Endpoint.ask` does."""
+def from_endpoint(endpoint: Endpoint, prompts: Sequence[Prompt], max_new_tokens: int, voice: Voice) -> list[Answer]:
+    """What the served model says. Raises ConfigError and EndpointError as `Endpoint.ask` does.
+
+    A server may send the end of a thought that `voice` has opened in the prompt, or take out the whole of it.
+    """
+
+    def ask(prompt: Prompt) -> Answer:
+        answer = endpoint.ask(prompt.messages, max_new_tokens, tools=prompt.tools)
+        return replace(answer, opened="</think>" in answer.text and voice.opens(voice.encode(prompt)))
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda prompt: endpoint.ask(prompt.messages, max_new_tokens, tools=prompt.tools), prompts))
+        return list(pool.map(ask, prompts))
 
 
 def measures_of(release: Path, forms: Forms, evals: EvalsSettings) -> Measures:
@@ -126,9 +138,19 @@ def _again(name: str, then: Scores, now: Scores, *, number: int) -> Again | None
     return Again(name, len(ids), sum(old) / len(ids), sum(new) / len(ids), estimate, worse)
 
 
-def regression_report(asked: str, prompts: Sequence[Prompt], found: Sequence[Again]) -> dict[str, Any]:
-    """Plain values, for the report of a look."""
-    return {"asked": asked, "prompts": len(prompts), "metrics": [asdict(one) for one in found]}
+def regression_report(
+    asked: str, prompts: Sequence[Prompt], found: Sequence[Again], published: EvalReport
+) -> dict[str, Any]:
+    """Plain values, for the report of a look; `not_again`: what publish measured and a look does not."""
+    again = {one.name for one in found}
+    return {
+        "asked": asked,
+        "prompts": len(prompts),
+        "metrics": [asdict(one) for one in found],
+        "not_again": [
+            name for name, one in published.metrics.items() if name not in again and one.higher_is_better is not None
+        ],
+    }
 
 
 def findings(found: Sequence[Again]) -> list[str]:

@@ -13,9 +13,9 @@ import pytest
 
 from sftdist import cli, monitor
 from sftdist.assets import desk
-from sftdist.core.settings import RowShape, TrainConfig
+from sftdist.core.settings import PublishConfig, RowShape
 from sftdist.core.snapshot import write_config
-from sftdist.core.storage import read_json, read_jsonl, write_json, write_jsonl
+from sftdist.core.storage import read_json, read_jsonl, write_json, write_jsonl, write_manifest
 from sftdist.data.message import Message
 from sftdist.data.schema import Conversation, parse
 from sftdist.evals.aggregate import metrics_of, rows_of
@@ -79,9 +79,10 @@ def _evaluated(folder: Path) -> None:
     report = EvalReport("now", "holdout", facts, None, decoding.facts(), {}, metrics_of(prompts, known, given, None))
     report.write(folder / "report")
     write_jsonl(folder / "report" / ROWS, rows_of(prompts, given, None))
-    cfg = TrainConfig()
+    cfg = PublishConfig()
     cfg.evals.probes = ["task", "behaviour"]
-    write_config(folder, cfg)
+    cfg.data.store_dir = str(folder.parent / "none here")
+    write_config(folder / "report", cfg)
 
 
 @pytest.fixture
@@ -198,6 +199,49 @@ def test_the_holdout_is_answered_as_when_it_was_published(home: Path, capsys: py
     by_name = {one["name"]: one for one in report["regression"]["metrics"]}
     assert by_name["general.exact_match"]["published"] == by_name["general.exact_match"]["now"] == 1.0
     assert "as good as when it was published" in capsys.readouterr().out
+    assert len(list(read_jsonl(home / "registry/bot/monitor/holdout-looks.jsonl"))) >= 1, "the look is counted"
+
+
+def test_what_publish_measured_and_a_look_does_not_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the configuration of publish, not that of the training."""
+    folder = altered(home, "report/report.json")
+    found = read_json(folder / "report/report.json")
+    found["metrics"]["all.loss"] = {**found["metrics"]["general.exact_match"], "higher_is_better": False}
+    (folder / "report/report.json").write_text(json.dumps(found))
+    resealed(folder)
+    traffic("live.jsonl", usual())
+    assert cli.main(["monitor", f"release={folder}", "report=out", "traffic=live.jsonl", "regression=true"]) == 0
+    assert "not measured again: all.loss" in capsys.readouterr().out
+    assert "Not measured again: all.loss." in Path("out/monitor.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["profile.json", "report/rows.jsonl", "report/config.yaml"])
+def test_a_release_of_which_a_small_file_has_changed_is_compared_with_nothing(
+    home: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = altered(home, name)
+    with (folder / name).open("a") as file:
+        file.write("\n")
+    traffic("live.jsonl", usual())
+    words = ["traffic=live.jsonl", *(["regression=true"] if name.startswith("report/") else [])]
+    assert cli.main(["monitor", f"release={folder}", "report=out", *words]) == 4
+    assert name in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def altered(home: Path, name: str) -> Path:
+    """A copy of the release, of which a file can be written."""
+    folder = Path(shutil.copytree(home / "registry/bot/v1", home / "taken"))
+    (folder / name).chmod(0o644)
+    return folder
+
+
+def resealed(folder: Path) -> None:
+    (folder / "release.json").chmod(0o644)
+    facts = {
+        name: value for name, value in read_json(folder / "release.json").items() if name not in ("format", "files")
+    }
+    write_manifest(folder, name="release.json", facts=facts)
 
 
 def test_a_served_model_that_answers_worse_is_found(home: Path) -> None:

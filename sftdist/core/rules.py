@@ -33,6 +33,7 @@ AT_LEAST = {
     "data.near.shingle": 1,
     "model.vocabulary": 300,
     "model.loss_chunk": 1,
+    "model.recompute_layers": 1,
     "tune.r": 1,
     "train.pack_tokens": 2,
     "train.packs_per_step": 1,

@@ -74,6 +74,7 @@ class RowShape(StrEnum):
 class Method(StrEnum):
     full = "full"
     lora = "lora"
+    qlora = "qlora"
 
 
 class LossWeighting(StrEnum):
@@ -86,6 +87,12 @@ class Attention(StrEnum):
     flash_attn = "flash_attn"
     torch_varlen = "torch_varlen"
     sdpa = "sdpa"
+
+
+class Kernels(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    liger = "liger"
 
 
 class Init(StrEnum):
@@ -227,6 +234,9 @@ class ModelSettings:
     template_args: dict[str, Any] = field(default_factory=dict)  # further template variables: {enable_thinking: false}
     attention: Attention = Attention.auto
     activation_checkpointing: bool = False
+    recompute_layers: int | None = None  # with activation_checkpointing: of how many layers; default: of all
+    kernels: Kernels = Kernels.auto  # liger: fused norms, rotary embedding, MLP and loss, where it is installed
+    compile: bool = False  # torch.compile, one layer at a time
     loss_chunk: int = 2048  # supervised positions whose logits exist at a time
 
 
@@ -239,6 +249,7 @@ class TuneSettings:
     rslora: bool = False
     dora: bool = False
     target: Any = "all-linear"  # or a list of module names
+    double_quant: bool = True  # qlora: the constants of the 4-bit blocks are quantised, too
 
 
 @dataclass(kw_only=True)
@@ -380,6 +391,7 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = Precision.bf16
     dry_run: bool = False
+    auto: bool = False  # take the cheapest setting that fits into the GPUs, and say why
     run: RunSettings = field(default_factory=RunSettings)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

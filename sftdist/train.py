@@ -255,7 +255,8 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps, say)
     if job.any_stop_requested():  # nothing is lost: the last checkpoint is the newest there can be
         return finish(job, state, None)
-    loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=saved["data"] if saved else None)
+    position = saved["data"] if saved else None
+    loader = Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, state=position, device=world.device)
     tracker = tracker_of(cfg, run_dir, state.step, totals.steps, say) if world.is_main else Tracker()
     try:
         state, stopped = run_loop(job, loader, tracker, state)

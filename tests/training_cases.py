@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from sftdist.core.distributed import World
-from sftdist.data.loader import Batch
+from sftdist.data.loader import Batch, Document, Step, empty_pack, pack_documents, supervised_weight
+from sftdist.data.steps import LoaderState, WindowState
 from sftdist.model.load import enable_checkpointing
 from sftdist.model.lora import LoraSpec, attach
-from sftdist.model.loss import LossModel
+from sftdist.model.loss import LossModel, supervised_positions
 from sftdist.training.engine import Engine, StepOutcome
 from sftdist.training.optimizer import OptimizerSpec
 from sftdist.training.zero_config import EngineSpec
-from tests.models import tiny_model
+from tests.models import VOCABULARY, tiny_model
 from tests.packed import IGNORED, random_row
 
 NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -42,11 +43,12 @@ class Case:
     lora: LoraSpec | None = None
     rows: tuple[int, ...] = ()  # token rows that train beside the adapters
     checkpointing: bool = False  # of activations
+    attention: str = "sdpa"
 
 
 def make_module(case: Case) -> LossModel:
     """The loss model of a case, the same on every rank."""
-    model: Any = tiny_model(case.family, **case.changes)
+    model: Any = tiny_model(case.family, attention=case.attention, **case.changes)
     if case.checkpointing:
         enable_checkpointing(model)
     if case.lora is not None:
@@ -71,7 +73,28 @@ def pack(lengths: list[int], seed: int, targets: int | None = None) -> Batch:
     row = random_row(lengths, seed=seed)
     if targets is not None:
         row.targets[(row.targets != IGNORED).nonzero().squeeze(1)[targets:]] = IGNORED
-    return Batch(**row.fields(), weights=None, max_seqlen=max(lengths), row_ids=[])
+    index = supervised_positions(row.targets)
+    return Batch(**row.fields(), weights=None, lengths=tuple(lengths), index=index, row_ids=[])
+
+
+def mixed_packs() -> list[Batch]:
+    """As the loader makes them: plain, weighted, a single target, none."""
+    draw = np.random.default_rng(0)
+
+    def documents(lengths: list[int], weight: float = 1.0) -> Batch:
+        rows = [draw.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths]
+        return pack_documents(
+            [Document(row, np.full(len(row), weight, np.float32), n % 2, f"r{n}") for n, row in enumerate(rows)]
+        )
+
+    return [documents([7, 20, 5]), documents([9, 12], weight=0.5), documents([2]), empty_pack()]
+
+
+def step_of(packs: list[Batch]) -> Step:
+    """The step of one rank that holds all of the packs."""
+    total = sum(supervised_weight(batch) for batch in packs)
+    after = LoaderState(0, WindowState.start(2), "")
+    return Step(0, packs, total, [], "", {}, 0, total, 0, 1.0, 1.0, 1.0, after)
 
 
 def packs_of(step: int, count: int = 8) -> list[Batch]:
@@ -137,7 +160,7 @@ def reference_run(case: Case) -> Run:
     losses, norms = [], []
     for step, lr in enumerate(case.lrs):
         packs = packs_of(step, 4 if step == 1 else 8)
-        loss = sum(module(**fields(batch)).sum for batch in packs) / denominator(packs)
+        loss = sum(module(**batch.inputs()).sum for batch in packs) / denominator(packs)
         loss.backward()
         gradients = [p.grad for p in named.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -150,11 +173,6 @@ def reference_run(case: Case) -> Run:
         losses.append(float(loss.detach()))
         norms.append(float(norm))
     return Run(losses, norms, weights_in(module))
-
-
-def fields(batch: Batch) -> dict[str, Any]:
-    names = ("ids", "targets", "positions", "cu_seqlens", "source", "weights")
-    return {name: getattr(batch, name) for name in names}
 
 
 def weights_in(module: LossModel) -> Weights:

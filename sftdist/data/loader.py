@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -41,8 +41,10 @@ class Batch:
     """One pack, a row of T tokens and D documents.
 
     `ids`, `targets` (-100: not supervised), `positions` int64 [T]; `weights` float32 [T] beside
-    `targets`, or None when every one is 1; `cu_seqlens` int32 [D + 1]; `source` int64 [D];
-    `max_seqlen` tokens of the longest document; `row_ids` one per document, none in an empty pack.
+    `targets`, or None when every one is 1; `cu_seqlens` int32 [D + 1]; `source` int64 [D]; `row_ids`
+    one per document, none in an empty pack. Two more say what a device would else be asked for, and
+    made to wait: `lengths`, the D lengths as Python's integers, and `index` int64 [N], the places of
+    the targets (0 where there is none, so that the graph and its collectives stay).
     """
 
     ids: Tensor
@@ -51,20 +53,25 @@ class Batch:
     weights: Tensor | None
     cu_seqlens: Tensor
     source: Tensor
-    max_seqlen: int
+    lengths: tuple[int, ...]
+    index: Tensor
     row_ids: list[str]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            ids=self.ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            source=self.source.to(device, non_blocking=True),
-            max_seqlen=self.max_seqlen,
-            row_ids=self.row_ids,
-        )
+        """On a device; from pinned memory the program does not wait for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def inputs(self) -> dict[str, Any]:
+        """The keyword arguments of `LossModel.forward`."""
+        return {name: value for name, value in vars(self).items() if name != "row_ids"}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(**{**vars(self), **changed})
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ def pack_documents(documents: Sequence[Document]) -> Batch:
         weights=None if plain else torch.from_numpy(weights),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         source=torch.tensor([document.source for document in documents], dtype=torch.int64),
-        max_seqlen=int(lengths.max()),
+        lengths=tuple(lengths.tolist()),
+        index=torch.from_numpy(supervised if len(supervised) else np.zeros(1, np.int64)),
         row_ids=[document.row_id for document in documents],
     )
 
@@ -210,7 +218,11 @@ class Assembler:
 
 
 class Loader:
-    """The steps of one rank, assembled ahead in a thread. Errors of the thread are raised by `take`."""
+    """The steps of one rank, assembled ahead in a thread. Errors of the thread are raised by `take`.
+
+    For a GPU as the `device` the thread pins the packs, so that their copies there hold up nobody. The copies
+    themselves need no stream of their own: a pack of 16k tokens is half a megabyte, some ten microseconds.
+    """
 
     def __init__(
         self,
@@ -221,12 +233,14 @@ class Loader:
         world_size: int = 1,
         state: dict[str, Any] | None = None,
         prefetch: int = 2,
+        device: torch.device | None = None,
     ) -> None:
         position = plan.start() if state is None else LoaderState.from_json(state)
         self._position = position
         self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
         self._closed = threading.Event()
         self._finished = False
+        self._gpu = device if device is not None and device.type == "cuda" else None
         steps = plan.steps_from(position)
         assembler = Assembler(plan, stores, rank=rank, world_size=world_size)
         self._thread = threading.Thread(target=self._work, args=(steps, assembler), name="loader", daemon=True)
@@ -234,8 +248,13 @@ class Loader:
 
     def _work(self, steps: Iterator[StepPlan], assembler: Assembler) -> None:
         try:
+            if self._gpu is not None:  # of this thread: else each rank would open a context on the first GPU
+                torch.cuda.set_device(self._gpu)
             for planned in steps:
-                if not self._hand_over(assembler.step(planned)):
+                step = assembler.step(planned)
+                if self._gpu is not None:
+                    step = replace(step, micro=[batch.pinned() for batch in step.micro])
+                if not self._hand_over(step):
                     return
             self._hand_over(None)
         except BaseException as error:  # it belongs to whoever takes the next step

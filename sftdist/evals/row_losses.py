@@ -101,9 +101,7 @@ def _scored(model: PreTrainedModel, rows: Sequence[Row], world: World) -> list[t
         world.progress.note("evaluating")
         ids, weights = row.store.tokens(row.number)
         batch = pack_documents([Document(ids, weights, 0, row.id)]).to(model.device)
-        output = loss_model(
-            batch.ids, batch.targets, batch.positions, batch.cu_seqlens, batch.source, weights=batch.weights
-        )
+        output = loss_model(**batch.inputs())
         found.append((float(output.per_source[0]), float(output.counts[0])))
     return found
 

@@ -1,8 +1,8 @@
 """Attention of packed rows, bound through transformers' public attention registry.
 
 A model loaded with `attn_implementation=implementation(name)` calls one of our functions in every layer,
-with the documents of the row among its keyword arguments (`Documents.model_arguments`). The mask
-function returns None: what a token sees follows from the documents and the layer's own arguments.
+with the documents of the row among its keyword arguments (`Documents.model_arguments`). There is no
+mask: what a token sees follows from the documents and the layer's own arguments.
 Whatever a layer passes that the backend does not honour is refused by name, never ignored.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sftdist.core.errors import ConfigError
@@ -49,18 +48,16 @@ def implementation(name: str) -> str:
 
 
 def register(name: str) -> str:
-    """Put a backend into transformers' registry and return its `attn_implementation`. ConfigError if it cannot be."""
+    """Put a backend into transformers' registry and return its `attn_implementation`. ConfigError if it cannot be.
+
+    No mask function goes with it: what a token sees follows from the documents, and for an attention without one
+    transformers makes no mask at all. With one, it would ask the device first whether the positions are packed.
+    """
     backend = open_backend(name)
     if isinstance(backend, str):
         raise ConfigError(f"model.attention={name}: {backend}; set model.attention=auto")
     ALL_ATTENTION_FUNCTIONS.register(implementation(name), partial(attention_forward, backend))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(implementation(name), no_mask)
     return implementation(name)
-
-
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask function of our implementations: the documents say it all."""
-    return None
 
 
 def attention_forward(

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftdist.core.errors import CheckpointError, ConfigError, StartupError
 from sftdist.core.storage import sha256_file
 from sftdist.model.attention import register
+from sftdist.model.kernels import use_layer_kernels
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -35,14 +38,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str,
     activation_checkpointing: bool = False,
+    recompute_layers: int | None = None,
+    liger: bool = False,
     vocab_rows: int | None = None,
     partitioned_init: AbstractContextManager[Any] | None = None,
 ) -> PreTrainedModel:
     """A causal language model in `dtype` on the CPU (partitioned inside `partitioned_init`), ready for packed rows.
 
-    `attention` is the name of a backend (`attention.choose`). `vocab_rows` is the number of token ids in use:
-    the vocabulary grows to it where it is smaller, and is never cut. Raises ConfigError for a folder that is
-    no causal language model, StartupError if tied weights are not what the config says.
+    `attention` is the name of a backend (`attention.choose`); `liger` says that Liger's kernels were chosen for the
+    layers (`kernels.choose_kernels`); `recompute_layers` as in `enable_checkpointing`. `vocab_rows` is the number of
+    token ids in use: the vocabulary grows to it where it is smaller, and is never cut. Raises ConfigError for a folder
+    that is no causal language model, StartupError if tied weights are not what the config says.
     """
     if init == "pretrained" and path is None:
         raise ConfigError("model.init=pretrained needs model.path; set model.path, or model.init=random")
@@ -66,8 +72,10 @@ def load_model(
     if grows and vocab_rows is not None:
         grow_vocabulary(model, vocab_rows)
     assert_tied_as_configured(model)
+    if liger:
+        use_layer_kernels(model)
     if activation_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, layers=recompute_layers)
     model.train()
     return model
 
@@ -94,14 +102,34 @@ def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
             module.weight[old:] = module.weight[:old].mean(dim=0)
 
 
-def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Recompute activations layer by layer in the backward pass.
+def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False, layers: int | None = None) -> None:
+    """Recompute activations layer by layer in the backward pass: of the first `layers` layers, or of all.
 
+    The first, not some spread over the depth: the backward comes to the last layers first and frees what they kept, so
+    that nothing of it is left when the first layer is recomputed, which needs the memory of a whole layer once more.
     The non-reentrant variant is the default. The reentrant one needs an input that requires a gradient, which
     a frozen embedding does not give: under LoRA every adapter of the checkpointed layers would stay at zero.
+    Raises ConfigError where the model has fewer layers, or does not say what its layers are.
     """
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    # its name before transformers 5.18, which calls it deprecated now
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
+    if layers is None:
+        return
+    found = decoder_layers(model)
+    if not layers <= len(found):
+        raise ConfigError(
+            f"model.recompute_layers={layers}: {model.config.model_type} has {len(found)} layers that can be "
+            f"recomputed; give at most {len(found)}, or leave it out to recompute all"
+        )
+    for layer in found[layers:]:
+        layer.gradient_checkpointing = False
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers of a model in their order, as transformers marks them."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def is_tied(model: PreTrainedModel) -> bool:

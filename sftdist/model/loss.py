@@ -54,6 +54,9 @@ class LogitTransform:
 
 IDENTITY = LogitTransform()
 
+# (logits [n,V], targets [n], weights [n] or None, transform, with gradient) -> losses [n]; see `rows_into_gradients`
+RowLosses = Callable[[Tensor, Tensor, Tensor | None, LogitTransform, bool], Tensor]
+
 
 class Losses(NamedTuple):
     """`total`: float32 scalar with the graph, Σ weight * cross-entropy. `tokens`: [N] float32, unweighted, no graph."""
@@ -86,15 +89,18 @@ def chunked_ce(
     weights: Tensor | None,
     chunk: int,
     transform: LogitTransform = IDENTITY,
+    row_losses: RowLosses | None = None,
 ) -> Losses:
     """The same as `reference_ce` with the logits of at most `chunk` positions alive.
 
     A plain linear head takes the fast way, which makes the gradients together with the loss. A head that
-    must be called as a module (an adapter sits on it) is recomputed in the backward pass instead.
+    must be called as a module (an adapter sits on it) is recomputed in the backward pass instead. `row_losses`: a
+    kernel in place of `rows_into_gradients`, for the fast way.
     """
     if _is_plain_linear(head):
         weight = cast(Tensor, head.weight)
-        total, tokens = _FusedHead.apply(hidden, weight, targets, weights, chunk, transform, torch.is_grad_enabled())
+        how = (chunk, transform, row_losses or rows_into_gradients, torch.is_grad_enabled())
+        total, tokens = _FusedHead.apply(hidden, weight, targets, weights, *how)
         return Losses(total, tokens)
     return _recomputed(hidden, head, targets, weights, chunk, transform)
 
@@ -119,6 +125,7 @@ class _FusedHead(torch.autograd.Function):
         weights: Tensor | None,
         chunk: int,
         transform: LogitTransform,
+        row_losses: RowLosses,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
@@ -129,13 +136,11 @@ class _FusedHead(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.T
             part_weights = None if weights is None else weights[part]
-            tokens[part] = _losses_into_gradients(logits, targets[part], part_weights, transform, grad_enabled)
+            tokens[part] = row_losses(logits, targets[part], part_weights, transform, grad_enabled)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[part])
             if wants_weight:
-                product = logits.T @ hidden[part]
-                # chunks add up in float32, or each would round the sum once more
-                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+                grad_weight = _add_product(grad_weight, logits.T, hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(tokens)
@@ -146,11 +151,25 @@ class _FusedHead(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
         scaled_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
-        scaled_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
-        return scaled_hidden, scaled_weight, None, None, None, None, None
+        scaled_weight = None
+        if grad_weight is not None:  # scaled and rounded in one pass, without a float32 copy of that size
+            scaled_weight = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            torch.mul(grad_weight, scale, out=scaled_weight)
+        return scaled_hidden, scaled_weight, *[None] * 6
 
 
-def _losses_into_gradients(
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right in float32: chunks that add up in low precision would round the sum once more each."""
+    if left.device.type == "cuda" and left.dtype in (torch.bfloat16, torch.float16):
+        # the matrix units sum in float32 anyway: handed over as that, the product is neither rounded nor read again
+        if total is None:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    product = left @ right
+    return product.float() if total is None else total.add_(product)
+
+
+def rows_into_gradients(
     logits: Tensor, targets: Tensor, weights: Tensor | None, transform: LogitTransform, grad_enabled: bool
 ) -> Tensor:
     """Return the losses [n]; overwrite the logits [n,V] with weight * (softmax - one-hot) through the transform.
@@ -197,13 +216,14 @@ class HeadLoss(nn.Module):
     weight would cost a collective per chunk, and ranks would wait for each other for ever.
     """
 
-    def __init__(self, chunk: int, transform: LogitTransform) -> None:
+    def __init__(self, chunk: int, transform: LogitTransform, row_losses: RowLosses | None = None) -> None:
         super().__init__()
         self.chunk = chunk
         self.transform = transform
+        self.row_losses = row_losses
 
     def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None) -> Losses:
-        return chunked_ce(hidden, head, targets, weights, self.chunk, self.transform)
+        return chunked_ce(hidden, head, targets, weights, self.chunk, self.transform, self.row_losses)
 
 
 class LossModel(nn.Module):
@@ -212,11 +232,13 @@ class LossModel(nn.Module):
     The loss runs inside the module that the engine wraps: under ZeRO-3 the LM head has no weight outside.
     """
 
-    def __init__(self, model: nn.Module, num_sources: int, chunk: int = 2048) -> None:
+    def __init__(
+        self, model: nn.Module, num_sources: int, chunk: int = 2048, row_losses: RowLosses | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.num_sources = num_sources
-        self.head_loss = HeadLoss(chunk, LogitTransform.of(causal_lm(model).config))
+        self.head_loss = HeadLoss(chunk, LogitTransform.of(causal_lm(model).config), row_losses)
 
     def forward(
         self,
@@ -226,19 +248,23 @@ class LossModel(nn.Module):
         cu_seqlens: Tensor,
         source: Tensor,
         weights: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
+        index: Tensor | None = None,
     ) -> LossOutput:
-        """ids, targets, positions [T] int64, weights [T] float32 or None, cu_seqlens [D+1] int32, source [D] int64."""
-        documents = Documents.of(cu_seqlens)
+        """ids, targets, positions [T] int64, weights [T] float32 or None, cu_seqlens [D+1] int32, source [D] int64.
+
+        `lengths` and `index` as in a `Batch`: without them they are read from the device, which then is waited for.
+        """
+        documents = Documents.of(cu_seqlens, lengths)
         hidden = hidden_states(self.model, ids, positions, documents)
-        index = supervised_positions(targets)
+        index = supervised_positions(targets) if index is None else index
         chosen = targets[index]
         # where nothing is supervised one ignored position keeps the graph: its target is any, its weight zero
         counted = (chosen != IGNORED).float() if weights is None else weights[index] * (chosen != IGNORED)
-        all_ones = weights is None and bool(counted[0])
+        all_ones = weights is None and len(index) > 1  # a single one may be the ignored one: its weight says
         head = causal_lm(self.model).get_output_embeddings()
         losses = self.head_loss(hidden.index_select(0, index), head, chosen.clamp_min(0), None if all_ones else counted)
-        lengths = cu_seqlens.diff().to(source.device)
-        sources = source.repeat_interleave(lengths, output_size=documents.tokens)[index]
+        sources = source.repeat_interleave(cu_seqlens.diff(), output_size=documents.tokens)[index]
         empty = torch.zeros(self.num_sources, dtype=torch.float32, device=ids.device)
         return LossOutput(
             sum=losses.total,

@@ -35,9 +35,9 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
-from sftdist.data.loader import Batch
+from sftdist.data.loader import Batch, empty_pack
 from sftdist.model.backends.interface import Documents
-from sftdist.model.loss import IGNORED, LossModel, LossOutput, causal_lm
+from sftdist.model.loss import LossModel, LossOutput, causal_lm
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
 from sftdist.training.replicated import Replicated
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec, deepspeed_config, spec_issues
@@ -122,6 +122,9 @@ class Partitioned:
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def read(self, figures: Tensor) -> list[float]:
+        return cast(list[float], figures.tolist())
 
     def step(self, lr: float) -> tuple[float, bool]:
         """The gradient norm before clipping (inf when it is not finite), and whether the update was applied."""
@@ -228,6 +231,11 @@ class Engine:
         output = self._core.forward(fields)
         self._core.backward(output.sum / self._core.loss_scale, last)
         return LossOutput(*(tensor.detach() / factor for tensor in output))
+
+    def read(self, figures: Tensor) -> list[float]:
+        """The values of a device tensor [K], after the last micro-batch and before `step`. At ZeRO 0 the norm that
+        `step` will check comes in the same read; the stages above leave their norms to DeepSpeed's own reads."""
+        return self._core.read(figures)
 
     def step(self, lr: float) -> StepOutcome:
         """Update the weights at this learning rate, after the last micro-batch.
@@ -341,7 +349,7 @@ class Engine:
             return
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            self.forward_backward(_one_token(), scale=0.0, last=True)
+            self.forward_backward(empty_pack(), scale=0.0, last=True)
         self._core.step(0.0)
         self._set_updates(0)
 
@@ -358,15 +366,7 @@ class Engine:
                 state["step"].fill_(updates)
 
     def _fields(self, batch: Batch) -> dict[str, Any]:
-        moved = batch.to(self.world.device)
-        return {
-            "ids": moved.ids,
-            "targets": moved.targets,
-            "positions": moved.positions,
-            "cu_seqlens": moved.cu_seqlens,
-            "source": moved.source,
-            "weights": moved.weights,
-        }
+        return batch.to(self.world.device).inputs()
 
 
 @contextmanager
@@ -451,22 +451,6 @@ def _join_deepspeed() -> None:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-
-
-def _one_token() -> Batch:
-    """The smallest micro-batch: one token without a target."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    ends = torch.tensor([0, 1], dtype=torch.int32)
-    return Batch(
-        ids=zero,
-        targets=torch.full_like(zero, IGNORED),
-        positions=zero,
-        weights=None,
-        cu_seqlens=ends,
-        source=zero,
-        max_seqlen=1,
-        row_ids=[],
-    )
 
 
 @contextmanager

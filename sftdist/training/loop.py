@@ -48,7 +48,7 @@ class StepLosses:
     """Sums over all ranks and micro-batches of one step: Σ w·ce and Σ w per source, in float64.
 
     `any_rank`: the flags of all ranks, or-ed. They travel with the sums, so that a step costs one collective and one
-    read from the device.
+    read from the device; at ZeRO 0 the gradient's norm comes in the same read.
     """
 
     sums: list[float]
@@ -170,8 +170,8 @@ def run_micro_batches(engine: Engine, step: Step, world: World, flags: Callable[
         weights = weights + output.counts.double()
     mine = flags()
     told = [float(mine.stop), float(mine.save_failed), step.data_wait_seconds]
-    extra = torch.tensor(told, dtype=torch.float64, device=sums.device)
-    total = world.all_reduce_sum(torch.cat([sums, weights, extra])).tolist()
+    extra = torch.tensor(told, dtype=torch.float64).to(sums.device, non_blocking=True)
+    total = engine.read(world.all_reduce_sum(torch.cat([sums, weights, extra])))
     sources = len(sums)
     stop, save_failed, waited = total[2 * sources :]
     return StepLosses(

@@ -6,7 +6,7 @@ tensors of one layer, the documents, and the few arguments by which the layers o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,17 +29,18 @@ class Documents:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor) -> Documents:
-        bounds = cu_seqlens.tolist()
-        lengths = tuple(end - start for start, end in pairwise(bounds))
-        if not lengths or bounds[0] != 0 or min(lengths) < 1:
-            raise ValueError(f"cu_seqlens must start at 0 and increase strictly, got {bounds}")
-        return cls(cu_seqlens=cu_seqlens, lengths=lengths)
+    def of(cls, cu_seqlens: Tensor, lengths: Sequence[int] | None = None) -> Documents:
+        """`lengths`: as the loader knows them; without them the device is asked, and the program waits for it."""
+        if lengths is None:
+            lengths = tuple(end - start for start, end in pairwise(_bounds(cu_seqlens)))
+        if not lengths or min(lengths) < 1 or len(lengths) != len(cu_seqlens) - 1:
+            raise ValueError(f"{len(cu_seqlens)} bounds need documents of at least one token, got {tuple(lengths)}")
+        return cls(cu_seqlens=cu_seqlens, lengths=tuple(lengths))
 
     @classmethod
-    def of_lengths(cls, lengths: list[int] | tuple[int, ...], device: torch.device | str = "cpu") -> Documents:
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls.of(bounds.to(device))
+        return cls.of(bounds.to(device, non_blocking=True), lengths)
 
     @property
     def tokens(self) -> int:
@@ -69,6 +70,13 @@ class Documents:
             "max_length_q": self.longest,
             "max_length_k": self.longest,
         }
+
+
+def _bounds(cu_seqlens: Tensor) -> list[int]:
+    bounds: list[int] = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or any(end <= start for start, end in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must start at 0 and increase strictly, got {bounds}")
+    return bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +131,8 @@ class Backend:
         if query.shape[2] != documents.tokens:
             raise ValueError(f"the row has {query.shape[2]} tokens, its documents {documents.tokens}")
         return self.attend(query, key, value, documents, arguments)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, or the error's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

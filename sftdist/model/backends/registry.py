@@ -1,26 +1,53 @@
-"""The one door to the attention backends: opens each file by name and says in words why one cannot be used."""
+"""The one door to the backends: opens each file by name and says in words why one cannot be used."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sftdist.model.backends.interface import Backend, Documents, LayerArguments
+from sftdist.model.backends.interface import Backend, Documents, LayerArguments, first_line
 
 PREFERENCE = ("flash_attn", "torch_varlen", "sdpa")  # fastest first
 
 
+class LayerKernels(Protocol):
+    """Fused kernels that take the place of a model's own layers."""
+
+    def why_not(self, config: PreTrainedConfig, device: torch.device) -> str: ...
+
+    def use(self, model: PreTrainedModel) -> None: ...
+
+
 def open_backend(name: str) -> Backend | str:
     """The backend, or one line that says why it cannot be imported (absent, or built for another torch)."""
+    module = _open(name, package=name)
+    return module if isinstance(module, str) else cast(Backend, module.BACKEND)
+
+
+def open_layer_kernels() -> LayerKernels | str:
+    """Liger's kernels for the layers of a model, or one line that says why they cannot be imported."""
+    return cast("LayerKernels | str", _open("liger", package="liger_kernel"))
+
+
+def open_row_losses() -> Callable[..., Tensor] | str:
+    """The fused loss kernel, a `loss.RowLosses`, or one line that says why it cannot be imported."""
+    module = _open("triton_loss", package="triton")
+    return module if isinstance(module, str) else cast("Callable[..., Tensor]", module.rows_into_gradients)
+
+
+def _open(name: str, package: str) -> ModuleType | str:
     try:
-        module = import_module(f"sftdist.model.backends.{name}")
+        return import_module(f"sftdist.model.backends.{name}")
     except ModuleNotFoundError as error:
-        return f"{name} is not installed" if error.name == name else _broken(name, error)
+        return f"{package} is not installed" if error.name == package else _broken(package, error)
     except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
-        return _broken(name, error)
-    backend: Backend = module.BACKEND
-    return backend
+        return _broken(package, error)
 
 
 def runs_on(
@@ -37,13 +64,9 @@ def runs_on(
             torch.autograd.grad(output.sum(), (query, key, value))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         # torch goes on with a list of all that it could run on
-        return f"{backend.name} does not run on {device}: {_first_line(error).partition('. ')[0]}"
+        return f"{backend.name} does not run on {device}: {first_line(error).partition('. ')[0]}"
     return ""
 
 
 def _broken(name: str, error: Exception) -> str:
-    return f"{name} cannot be imported: {_first_line(error)} (sftdist doctor says what would fit)"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"{name} cannot be imported: {first_line(error)} (sftdist doctor says what would fit)"

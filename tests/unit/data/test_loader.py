@@ -42,17 +42,14 @@ def test_three_documents_literally() -> None:
     assert batch.positions.tolist() == [0, 0, 1, 0, 1, 2, 3, 4]
     assert batch.cu_seqlens.tolist() == [0, 1, 3, 8]
     assert batch.source.tolist() == [0, 1, 0]
-    assert batch.max_seqlen == 5
+    assert batch.lengths == (1, 2, 5)
+    assert batch.index.tolist() == [1, 5, 6]
     assert batch.row_ids == ["d9", "d4", "d1"]
     assert batch.weights is None
     assert supervised_weight(batch) == 3
-    assert [t.dtype for t in (batch.ids, batch.targets, batch.positions, batch.cu_seqlens, batch.source)] == [
-        torch.int64,
-        torch.int64,
-        torch.int64,
-        torch.int32,
-        torch.int64,
-    ]
+    wide = (batch.ids, batch.targets, batch.positions, batch.index, batch.source)
+    assert all(tensor.dtype == torch.int64 for tensor in wide)
+    assert batch.cu_seqlens.dtype == torch.int32
 
 
 def test_weights_stand_beside_their_targets() -> None:
@@ -68,7 +65,7 @@ def test_an_empty_pack_weighs_nothing() -> None:
     assert batch.targets.tolist() == [IGNORED]
     assert batch.cu_seqlens.tolist() == [0, 1]
     assert supervised_weight(batch) == 0
-    assert batch.row_ids == []
+    assert (batch.lengths, batch.index.tolist(), batch.row_ids) == ((1,), [0], [])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +114,7 @@ def test_truncated_rows_keep_their_first_tokens() -> None:
     fits = cut.targets[:] > 0
     cut = replace(cut, lengths=cut.lengths[fits], targets=cut.targets[fits], rows=cut.rows[fits])
     for step in Loader(plan([cut]), [MemoryStore(long)]):
-        assert all(batch.max_seqlen <= 20 for batch in step.micro)
+        assert all(max(batch.lengths) <= 20 for batch in step.micro)
 
 
 def kept_targets(source: object, max_len: int) -> np.ndarray:

@@ -245,6 +245,7 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
         say(line)
     trained = build_trained(cfg, corpus, shape, world)
     say(f"attention: {trained.attention}")
+    say(f"kernels: {trained.kernels}{', layers compiled' if cfg.model.compile else ''}")
     if world.is_main:
         write_outline(run_dir, causal_lm(trained.engine.module.model), corpus.template, trained.untrained)
     checkpoints = checkpoints_of(cfg, run_dir, trained, world)

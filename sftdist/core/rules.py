@@ -15,6 +15,7 @@ from sftdist.core.settings import (
     EvaluateConfig,
     ExportConfig,
     Init,
+    Kernels,
     Method,
     MonitorConfig,
     Offload,
@@ -194,6 +195,16 @@ def _model(cfg: TrainConfig) -> Iterator[str]:
         )
     if model.shape is not None and "model_type" not in model.shape:
         yield "model.shape: no model_type; required a transformers config with it, such as {model_type:llama,...}"
+    if model.recompute_layers is not None and not model.activation_checkpointing:
+        yield (
+            f"model.recompute_layers: given {model.recompute_layers}, but nothing is recomputed; "
+            "set model.activation_checkpointing=true, or remove it"
+        )
+    if model.compile and model.kernels == Kernels.liger:
+        yield (
+            "model.kernels: given liger with model.compile=true, which fuses the layers itself and cannot look into "
+            "liger's kernels; set model.kernels=auto, or model.compile=false"
+        )
 
 
 def _completeness(cfg: TrainConfig) -> Iterator[str]:
@@ -246,6 +257,11 @@ def _engine(cfg: TrainConfig) -> Iterator[str]:
         yield f"zero.offload: given {offload} with zero.stage=0, which offloads nothing; set zero.stage=2"
     if cfg.tune.method == Method.lora and cfg.tune.dora and stage == 3:
         yield "tune.dora=true with zero.stage=3: DoRA needs whole weights on each rank; set zero.stage=2"
+    if cfg.model.compile and stage == 3:
+        yield (
+            "model.compile=true with zero.stage=3: parameters are gathered by hooks inside of the layers, which leave "
+            "no graph whole; set zero.stage=2, or model.compile=false"
+        )
     if cfg.tune.method == Method.full and (cfg.tune.dora or cfg.tune.rslora):
         yield "tune.dora and tune.rslora are kinds of LoRA; set tune.method=lora or remove them"
 

@@ -1,4 +1,4 @@
-"""Which kernels a model runs on beside its attention: in the layers Liger's or torch's, in the loss triton's or torch's."""
+"""The kernels of a model beside its attention: Liger's or torch's in the layers, triton's or torch's in the loss."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def choose_kernels(name: str, device: torch.device, config: PreTrainedConfig, *,
     """
     if name == "torch":
         return Kernels()
+    if name == "auto" and device.type != "cuda":
+        return Kernels(rejected=("fused kernels run on CUDA",))
     no_layers = "torch.compile fuses the layers itself" if compiled else _why_no_layers(device, config)
     if no_layers and name == "liger":
         raise ConfigError(f"model.kernels=liger: {no_layers}; set model.kernels=auto")
-    if device.type != "cuda":
-        return Kernels(layers="torch" if no_layers else "liger", rejected=("fused kernels run on CUDA",))
     no_loss = _why_no_loss(device)
     return Kernels(
         layers="torch" if no_layers else "liger",

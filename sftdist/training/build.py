@@ -15,7 +15,9 @@ from sftdist.data.corpus import Corpus, validation_sources
 from sftdist.data.planned import pack_tokens
 from sftdist.model import cost
 from sftdist.model.attention import Choice, choose
+from sftdist.model.compiled import compile_layers
 from sftdist.model.config import load_config
+from sftdist.model.kernels import Kernels, choose_kernels
 from sftdist.model.load import is_tied, load_model
 from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
 from sftdist.model.loss import LossModel
@@ -33,6 +35,7 @@ class Trained:
     engine: Engine
     config: PreTrainedConfig
     attention: Choice
+    kernels: Kernels
     coverage: Coverage | None
     untrained: tuple[int, ...]
     tied: bool
@@ -62,6 +65,7 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     spec = engine_spec(cfg)
     dtype = COMPUTE_DTYPE[spec.precision]
     attention = choose(cfg.model.attention.value, world.device, dtype, config)
+    kernels = choose_kernels(cfg.model.kernels.value, world.device, config, compiled=cfg.model.compile)
     # Random weights drawn into partitions would not be those of the other stages.
     partitioned = partitioned_init(spec, world) if cfg.model.init == Init.pretrained else None
     model = load_model(
@@ -73,6 +77,8 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         dtype=torch.float32,
         attention=attention.name,
         activation_checkpointing=cfg.model.activation_checkpointing,
+        recompute_layers=cfg.model.recompute_layers,
+        liger=kernels.layers == "liger",
         vocab_rows=corpus.largest_id + 1,
         partitioned_init=partitioned,
     )
@@ -86,11 +92,13 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         module, coverage = attach(model, lora_spec(cfg), train_rows=untrained)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, and not between runs
     commit = getattr(config, "_commit_hash", None)  # transformers sets it for what came from the Hub
+    if cfg.model.compile:
+        compile_layers(module)
     sources = max(len(corpus.stores), len(validation_sources(corpus)))
-    loss = LossModel(module, num_sources=sources, chunk=cfg.model.loss_chunk)
+    loss = LossModel(module, num_sources=sources, chunk=cfg.model.loss_chunk, row_losses=kernels.row_losses)
     engine = Engine(loss, optimizer_spec(cfg), spec, world)
     # The model's own config: where the vocabulary grew, it is not the one that was asked for.
-    return Trained(engine, model.config, attention, coverage, untrained, tied, commit)
+    return Trained(engine, model.config, attention, kernels, coverage, untrained, tied, commit)
 
 
 def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | None) -> cost.Setup:

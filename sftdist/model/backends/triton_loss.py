@@ -24,7 +24,7 @@ _WARPS = 16
 
 
 @triton.jit
-def _transformed(logits: Any, offsets: Any, columns: Any, scale: Any, cap: Any, capped: tl.constexpr) -> Any:
+def _transformed(logits: Any, offsets: Any, columns: tl.constexpr, scale: Any, cap: Any, capped: tl.constexpr) -> Any:
     """float32 logits of one block after scale and cap; -inf beyond the last column."""
     values = tl.load(logits + offsets, mask=offsets < columns, other=0.0).to(tl.float32) * scale
     if capped:
@@ -39,7 +39,7 @@ def _rows_into_gradients(
     targets: Any,
     weights: Any,
     losses: Any,
-    columns: Any,
+    columns: tl.constexpr,
     scale: Any,
     cap: Any,
     capped: tl.constexpr,
@@ -88,7 +88,7 @@ def rows_into_gradients(
         targets,
         losses if weights is None else weights,
         losses,
-        logits.shape[1],
+        logits.shape[1],  # one number in a run
         float(transform.scale),
         float(transform.softcap or 1.0),
         capped=transform.softcap is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from sftdist.core.errors import ConfigError, StartupError
 from sftdist.model.attention import implementation
 from sftdist.model.config import load_config
-from sftdist.model.load import assert_tied_as_configured, is_tied, load_model
+from sftdist.model.load import assert_tied_as_configured, decoder_layers, enable_checkpointing, is_tied, load_model
 from sftdist.model.loss import LossModel
 from tests.models import VOCABULARY, shape, tiny_model
 from tests.packed import gradients, random_row
@@ -112,6 +113,41 @@ def test_activation_checkpointing_changes_no_gradient(family: str) -> None:
         assert model.is_activation_checkpointing == checkpointing
         vectors.append(gradients(model, LossModel(model, num_sources=2)(**row.fields()).sum))
     assert torch.equal(*vectors)
+
+
+def kept_bytes(model: PreTrainedModel, layers: int | None) -> tuple[int, torch.Tensor]:
+    """What a forward keeps for its backward beside the weights, when so many layers are recomputed; the gradients."""
+    row = random_row([13, 1, 24, 9])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    if layers is not None:
+        enable_checkpointing(model, layers=layers)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = LossModel(model.train(), num_sources=2)(**row.fields()).sum
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), gradients(model, loss)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_each_recomputed_layer_saves_memory_and_changes_no_gradient(family: str) -> None:
+    made = [kept_bytes(tiny_model(family, num_hidden_layers=4), layers) for layers in (None, 0, 1, 2, 3, 4)]
+    plain, *sizes = [size for size, _ in made]
+    assert plain == pytest.approx(sizes[0], rel=0.05)
+    assert all(more > 1.2 * less for more, less in pairwise(sizes))
+    assert all(torch.equal(vector, made[0][1]) for _, vector in made)
+
+
+def test_more_recomputed_layers_than_there_are_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match=r"model\.recompute_layers=3: llama has 2 layers .* give at most 2"):
+        enable_checkpointing(model, layers=3)
+    enable_checkpointing(model, layers=1)
+    assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, False]  # the first ones
 
 
 def test_messages_say_what_to_change() -> None:

@@ -101,7 +101,12 @@ class Partitioned:
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer.build((p, decay[name]) for name, p in self._weights.items()),
-                config=deepspeed_config(spec, world.size),
+                config=deepspeed_config(
+                    spec,
+                    world.size,
+                    sum(full_shape(p).numel() for p in self._weights.values()),
+                    pinned=world.device.type == "cuda",
+                ),
             )
         for name, (value, is_part) in exact.items():
             set_master = safe_set_local_fp32_param if is_part else self._set_master

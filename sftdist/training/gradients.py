@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sftdist.core.distributed import World
-
-BUCKET_ELEMENTS = 32 * 2**20  # 128 MiB: long enough for the full rate of a link, short enough to start early
+from sftdist.model.buckets import BUCKET_ELEMENTS
 
 
 class Bucket:

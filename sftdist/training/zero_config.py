@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sftdist.core.errors import ConfigError
+from sftdist.model.buckets import reduce_bucket
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,10 +88,14 @@ ALLOWED = (
 )
 
 
-def deepspeed_config(spec: EngineSpec, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    spec: EngineSpec, world_size: int, trainable: int | None = None, *, pinned: bool = False
+) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` gets for ZeRO 1-3.
 
     One micro-batch is one pack, and the engine says itself when a step ends, so the batch numbers are constants.
+    `trainable`: parameters, for the size of the reduction's buckets; `pinned`: what is offloaded lies in page-locked
+    memory, from and to which a GPU copies at several times the rate and beside its work.
     Raises ConfigError, all issues at once, for a stage, precision or offload that does not exist or does not go
     together, and for a key in `spec.extra` that this project owns or that it does not pass on.
     """
@@ -100,8 +105,10 @@ def deepspeed_config(spec: EngineSpec, world_size: int) -> dict[str, Any]:
     extra = copy.deepcopy(spec.extra)
     zero: dict[str, Any] = extra.pop("zero_optimization", {})
     if spec.offload == "optimizer":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     zero.setdefault("overlap_comm", True)
+    if trainable is not None:
+        zero.setdefault("reduce_bucket_size", reduce_bucket(trainable))
     config: dict[str, Any] = {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,

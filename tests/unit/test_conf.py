@@ -181,6 +181,7 @@ def test_hydras_advice_to_add_a_plus_never_appears() -> None:
         ("tracking.wandb=ofline", ["tracking.wandb", "'ofline'", "offline, online, disabled"]),
         ("tracking.tags=[a,[b]]", ["tracking.tags[1]", "text"]),
         ("zero.stage=4", ["zero.stage", "4", "0, 1, 2 or 3"]),
+        ("model.recompute_layers=2", ["model.recompute_layers", "given 2", "model.activation_checkpointing=true"]),
         ("data.val_fraction=1", ["data.val_fraction", "below 1"]),
         ("train.pack_tokens=512", ["train.pack_tokens", "512", "data.max_len=1024", "data.max_len=512"]),
         ("train.tokens_per_step=4096", ["packs_per_step and train.tokens_per_step", "exactly one"]),

@@ -1,4 +1,4 @@
-"""Which attention training would choose, and what is the matter with flash-attn."""
+"""Which attention and kernels training would choose, and what is the matter with flash-attn."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ _MEANINGS = (
 @dataclass(frozen=True)
 class Attention:
     """`chosen` by training's own function for a Llama in bfloat16; `rejected`: why no faster one; `error`: why the
-    choice could not be asked for."""
+    choice could not be asked for. `kernels`: of the layers and of the loss, and why no faster ones."""
 
     chosen: str = ""
     rejected: tuple[str, ...] = ()
     error: str = ""
+    kernels: tuple[str, str] = ("torch", "torch")
+    kernels_rejected: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, probe: Probe) -> Attention:
         if probe.error:
             return cls(error=probe.error)
-        return cls(probe.facts["attention"], tuple(probe.facts["rejected"]))
+        layers, loss = probe.facts["kernels"]
+        rejected, slower = (tuple(probe.facts[name]) for name in ("rejected", "kernels_rejected"))
+        return cls(probe.facts["attention"], rejected, kernels=(layers, loss), kernels_rejected=slower)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def version() -> str:
 def findings(chosen: Attention, flash: Flash, torch: Torch) -> Iterator[Finding]:
     yield _choice(chosen, torch)
     yield _flash(flash, torch, chosen)
+    if not chosen.error:
+        yield _kernels(chosen, torch)
 
 
 def _choice(chosen: Attention, torch: Torch) -> Finding:
@@ -76,6 +82,16 @@ def _choice(chosen: Attention, torch: Torch) -> Finding:
     if chosen.chosen != "sdpa":
         return ok("attention", text)
     return note("attention", f"{text}. It is slower than the others: {'; '.join(chosen.rejected)}")
+
+
+def _kernels(chosen: Attention, torch: Torch) -> Finding:
+    layers, loss = chosen.kernels
+    text = f"model.kernels=auto would take {layers} for the layers and {loss} for the loss"
+    if not torch.gpus or not chosen.kernels_rejected:
+        return ok("kernels", f"{text}{'' if torch.gpus else '; the others need a GPU'}")
+    why = "; ".join(chosen.kernels_rejected)
+    advice = "pip install 'sftdist[liger]' for fused layers, or model.compile=true" if layers == "torch" else ""
+    return ok("kernels", f"{text}: {why}", advice)
 
 
 def _flash(flash: Flash, torch: Torch, chosen: Attention) -> Finding:

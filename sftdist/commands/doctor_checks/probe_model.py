@@ -1,4 +1,4 @@
-"""Run by the doctor in a process of its own: the attention that training would choose here, and the hub's folders."""
+"""Run by the doctor in a process of its own: the attention and kernels of a training here, the hub's folders."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from sftdist.commands.doctor_checks.probe import FACTS
 from sftdist.model.attention import choose
+from sftdist.model.kernels import choose_kernels
 
 
 def main() -> int:
@@ -22,10 +23,14 @@ def main() -> int:
 def facts() -> dict[str, Any]:
     """The choice is for a Llama in bfloat16, by the function that training asks."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choice = choose("auto", device, torch.bfloat16, AutoConfig.for_model("llama"))
+    llama = AutoConfig.for_model("llama")
+    choice = choose("auto", device, torch.bfloat16, llama)
+    kernels = choose_kernels("auto", device, llama)
     return {
         "attention": choice.name,
         "rejected": list(choice.rejected),
+        "kernels": [kernels.layers, kernels.loss],
+        "kernels_rejected": list(kernels.rejected),
         "hub_cache": constants.HF_HUB_CACHE,
         "offline": bool(constants.HF_HUB_OFFLINE),
     }

@@ -18,7 +18,7 @@ MODULE = "sftdist.train"
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 30.0
 _NO_OP = (
-    "Training compiles nothing: it gives DeepSpeed torch's own optimizers, with zero.offload, too, so none of "
+    "Training needs no compiler: it gives DeepSpeed torch's own optimizers, with zero.offload, too, so none of "
     "DeepSpeed's C++ and CUDA parts is needed"
 )
 
@@ -76,7 +76,11 @@ def _compiler(found: Compilers, torch: Torch) -> Finding:
         parts["nvcc"] = found.nvcc
     missing = [name for name, path in parts.items() if path is None]
     if missing:
-        needed = "flash-attn, where it is built here" if torch.cuda else "extensions of torch, which nothing here uses"
+        needed = (
+            "fused kernels, model.compile, and flash-attn where it is built"
+            if torch.cuda
+            else "extensions of torch, which nothing here uses"
+        )
         text = f"not on PATH: {', '.join(missing)}. {_NO_OP}. What would need a compiler: {needed}"
         return note("compiler", text) if torch.cuda else ok("compiler", text)
     there = [path for path in (found.cxx, found.ninja) if path]

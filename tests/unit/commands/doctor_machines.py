@@ -75,7 +75,12 @@ def flash_attn_broken() -> Facts:
             gpus=(gpu,),
         ),
         driver=Driver((Card(gpu["name"], 81920, 1, "8.0"),), "580.65.06", "13.0"),
-        attention=Attention("torch_varlen", (f"flash_attn cannot be imported: {UNDEFINED}",)),
+        attention=Attention(
+            "torch_varlen",
+            (f"flash_attn cannot be imported: {UNDEFINED}",),
+            kernels=("torch", "triton"),
+            kernels_rejected=("liger_kernel is not installed",),
+        ),
         flash=replace(base.flash, version="2.8.3", error=UNDEFINED),
         compilers=replace(base.compilers, nvcc="/usr/local/cuda/bin/nvcc", nvcc_version="13.0"),
     )
@@ -91,7 +96,11 @@ def full_disk() -> Facts:
 
 def no_compiler() -> Facts:
     """A slim container with a GPU; CUDA's compiler is absent, too."""
-    return replace(flash_attn_broken(), flash=no_gpu().flash, compilers=Compilers())
+    base, reason = flash_attn_broken(), "the fused loss does not run on cuda: Failed to find C compiler."
+    slower = replace(
+        base.attention, kernels=("torch", "torch"), kernels_rejected=("liger_kernel is not installed", reason)
+    )
+    return replace(base, attention=slower, flash=no_gpu().flash, compilers=Compilers())
 
 
 def eight_h100() -> Facts:
@@ -109,7 +118,7 @@ def eight_h100() -> Facts:
         base,
         torch=replace(base.torch, gpus=(gpu,) * 8),
         driver=Driver((Card(gpu["name"], 81559, 4, "9.0"),) * 8, "580.95.05", "13.0", topology(8)),
-        attention=Attention("flash_attn"),
+        attention=Attention("flash_attn", kernels=("liger", "triton")),
         flash=replace(base.flash, error=""),
         network=Network(
             "gpu017",

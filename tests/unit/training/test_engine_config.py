@@ -98,6 +98,20 @@ def test_further_keys_are_passed_on() -> None:
     assert extra["zero_optimization"] == {"reduce_bucket_size": 1000}
 
 
+@pytest.mark.parametrize(("trainable", "elements"), [(70_000, 70_000), (8_030_261_248, 2**25), (0, 1)])
+def test_buckets_follow_the_model_and_not_deepspeeds_two_gigabytes(trainable: int, elements: int) -> None:
+    config = deepspeed_config(EngineSpec(2, "bf16"), 2, trainable)
+    assert config["zero_optimization"]["reduce_bucket_size"] == elements
+    asked = EngineSpec(2, "bf16", extra={"zero_optimization": {"reduce_bucket_size": 1000}})
+    assert deepspeed_config(asked, 2, trainable)["zero_optimization"]["reduce_bucket_size"] == 1000
+
+
+def test_what_is_offloaded_from_a_gpu_is_pinned() -> None:
+    for pinned in (False, True):
+        config = deepspeed_config(EngineSpec(2, "bf16", "optimizer"), 2, pinned=pinned)
+        assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": pinned}
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_sums_and_sends_float32(precision: str) -> None:
     config = deepspeed_config(EngineSpec(1, precision), 2)

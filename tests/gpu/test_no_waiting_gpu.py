@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from sftdist.core.distributed import World
-from sftdist.data.loader import Step
+from sftdist.data.loader import Loader, Step
 from sftdist.training.loop import Flags, update
 from tests.ranks import run_ranks
 from tests.reads import counted_reads
 from tests.training_cases import ADAMW, Case, make_engine, mixed_packs, step_of
+from tests.unit.data.planning import MemoryStore, plan, table
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +59,15 @@ def test_a_micro_batch_waits_nowhere_and_a_step_once(stage: int, attention: str)
         assert len(calls) == 1, calls
     else:  # the sums before the update; and the norm, which DeepSpeed leaves on the device
         assert [call.split()[1] for call in ours] == ["read", "step"], calls
+
+
+def test_the_loader_pins_its_packs_for_a_gpu() -> None:
+    sources = [table("a", 40, 1.0)]
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        with Loader(plan(sources), [MemoryStore(sources[0])], device=device) as loader:
+            batch = loader.take().micro[0]
+        tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        assert all(tensor.is_pinned() == (device.type == "cuda") for tensor in tensors)
 
 
 def test_the_mode_itself() -> None:

@@ -12,7 +12,7 @@ from sftdist.model.lora import LoraSpec
 from sftdist.training.engine import Engine
 from sftdist.training.loop import Flags, update
 from tests.reads import counted_reads
-from tests.training_cases import ADAMW, Case, make_engine, mixed_packs, step_of
+from tests.training_cases import ADAMW, Case, make_engine, make_module, mixed_packs, step_of
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 CASES = {
@@ -47,6 +47,18 @@ def test_a_micro_batch_reads_nothing_and_a_step_once(engine: Engine) -> None:
         assert len(reads.calls) == 1, reads.calls
     else:  # the sums before the update; and the norm, which DeepSpeed leaves on the device
         assert [call.split()[1] for call in reads.ours] == ["read", "step"], reads.calls
+
+
+def test_without_what_the_loader_knows_the_device_is_asked() -> None:
+    """Lengths and places of the targets as tensors alone: what each micro-batch would then wait for."""
+    module, batch = make_module(Case(0)), mixed_packs()[0]
+    asked = {name: value for name, value in batch.inputs().items() if name not in ("lengths", "index")}
+    with counted_reads() as reads:
+        expected = module(**batch.inputs()).sum
+        assert reads.calls == []
+        found = module(**asked).sum
+    assert [call.split()[1] for call in reads.ours] == ["_bounds", "supervised_positions"]
+    assert torch.equal(found, expected)
 
 
 def test_the_count_itself() -> None:

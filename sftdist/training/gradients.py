@@ -19,7 +19,7 @@ from sftdist.model.buckets import BUCKET_ELEMENTS
 
 
 class Bucket:
-    """Parameters whose sums are reduced together. `flat`: there from a step's first gradient to its update."""
+    """Parameters whose sums are reduced together. `flat`: there from a step's first gradient on."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
@@ -57,7 +57,15 @@ class Bucket:
         return self.flat
 
     def close(self) -> None:
-        self.flat, self.reduction, self.is_reduced = None, None, False
+        """Forget the sums. A GPU's memory goes back to its allocator, which has it at hand again; the pages of a host
+        would be made anew in every step, at more cost than the sums themselves."""
+        self.reduction, self.is_reduced = None, False
+        self.unset = set(self.sums)
+        if self.flat is not None and self.flat.device.type == "cuda":
+            self.release()
+
+    def release(self) -> None:
+        self.flat = None
         self.sums.clear()
 
 
@@ -99,10 +107,15 @@ class GradientSums:
         return {name: total for bucket in self._buckets for name, total in bucket.sums.items()}
 
     def clear(self) -> None:
-        """After an update: the memory is free for the next step's activations."""
+        """After an update: the next step begins with nothing."""
         self._next = 0
         for bucket in self._buckets:
             bucket.close()
+
+    def release(self) -> None:
+        """Give the memory back; nothing is summed afterwards."""
+        for bucket in self._buckets:
+            bucket.release()
 
     def _add(self, bucket: Bucket, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad

@@ -121,4 +121,4 @@ class Replicated:
         return parameter.detach()
 
     def close(self) -> None:
-        self._sums.clear()
+        self._sums.release()

@@ -1,100 +1,159 @@
-"""`sftdist plan`: parameters, FLOPs and memory per GPU, before anything is rented; it loads no weights."""
+"""`sftdist plan`: memory per GPU, step time and the whole job's GPU-hours, before anything is rented; it loads no
+weights."""
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from sftdist.assets import quickstart
 from sftdist.core import config
-from sftdist.core.settings import PlanConfig
-from sftdist.model import cost
-from sftdist.training.build import memory_setup, planned_trainable
+from sftdist.core.settings import Method, PlanConfig
+from sftdist.core.storage import write_text
+from sftdist.data.packing import deal
+from sftdist.data.pipeline import Prepared
+from sftdist.data.plan import Plan, PlanTotals
+from sftdist.data.planned import pack_tokens
+from sftdist.data.request import prepare_small, request_of
+from sftdist.model import cost, timing
+from sftdist.model.hardware import Cluster, named
+from sftdist.training.choices import choice, choices, fastest, proposals, typical_step
+from sftdist.training.dry_run import planned
+from sftdist.training.plan_view import PlanResult, Scale, as_json, lines, page, scaling_svg
 from sftdist.training.planned_model import planned_config
 
-GIB = 2**30
-STAGES = (0, 1, 2, 3)
+SAMPLE = 16  # steps of the real plan whose packs are looked at one by one
 
 
 @dataclass(frozen=True)
-class PlanResult:
-    """`memory`: bytes per GPU by part, for each ZeRO stage; `fits` and `fixes` for the configured stage."""
+class Work:
+    """The steps to predict. `at(gpus, grown)`: a step on so many GPUs, its packs times `grown`. `totals`: of the whole
+    job, None without data; `why`: the reason."""
 
-    parameters: int
-    trainable: int
-    flops_per_token: float
-    attention_flops: float
-    memory: dict[int, dict[str, float]]
-    fits: bool
-    fixes: list[str] | None
+    at: Callable[[int, int], timing.Step]
+    totals: PlanTotals | None
+    why: str | None
 
 
-def run(cfg: PlanConfig) -> PlanResult:
-    """Arithmetic on the model's config, for `cluster.gpus` GPUs of `cluster.memory_gib`."""
+def run(cfg: PlanConfig, say: Callable[[str], None] = print) -> PlanResult:
+    """Arithmetic on the model's config and, where there is data, on the real plan."""
     quickstart.lay_out(cfg)
     shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
-    trainable = planned_trainable(cfg, shape)
-    gpus = cfg.cluster.gpus
-    setups = {stage: memory_setup(cfg, stage=stage, world=gpus, trainable=trainable) for stage in STAGES}
-    budget = cfg.cluster.memory_gib * GIB
-    fixes = cost.cheapest_overrides(shape, setups[cfg.zero.stage], budget, max_len=cfg.data.max_len, lora_r=cfg.tune.r)
+    gpu = named(cfg.cluster.gpu)
+    gpu = gpu if cfg.cluster.memory_gib is None else replace(gpu, memory_gib=cfg.cluster.memory_gib)
+    counts = cfg.cluster.gpus if isinstance(cfg.cluster.gpus, list) else [cfg.cluster.gpus]
+    work = work_of(cfg, shape, planned(cfg, partial(_ready, cfg, say)))
+    budget = gpu.memory_gib * cost.GIB
+
+    def cluster(gpus: int) -> Cluster:
+        return Cluster(gpu, gpus, cfg.cluster.gpus_per_node, cfg.cluster.network_gbps * 1e9 / 8)
+
+    first = counts[0]
+    found = choices(cfg, shape, cluster(first), work.at(first, 1), budget)
+    best = fastest(found)
+    scaling = []
+    for gpus in counts:
+        there = best if gpus == first else fastest(choices(cfg, shape, cluster(gpus), work.at(gpus, 1), budget))
+        grown = max(1, round(gpus / first))
+        weak = None if there is None else choice(there.cfg, shape, cluster(gpus), work.at(gpus, grown), budget)
+        scaling.append(Scale(gpus, work.at(gpus, 1), there, work.at(gpus, grown), weak))
+    instead = [] if best is not None else list(proposals(cfg, shape, cluster(first), work.at(first, 1), budget))
     total = cost.parameters(shape).total
-    dense, attention = cost.train_factors(cfg.tune.method.value)
-    longest = cfg.data.max_len
-    pairs = sum(flops * cost.visible_pairs(longest, window) for flops, window in cost.attention_terms(shape))
     return PlanResult(
+        exp=cfg.exp,
+        gpu=gpu,
+        pack_tokens=pack_tokens(cfg),
         parameters=total,
-        trainable=total if trainable is None else trainable,
-        flops_per_token=dense * (cost.dense_flops(shape) + cost.head_flops(shape)),
-        attention_flops=attention * pairs,
-        memory={stage: cost.memory(shape, setup) for stage, setup in setups.items()},
-        fits=fixes == [],
-        fixes=fixes,
+        trainable=total if cfg.tune.method == Method.full else cost.lora_parameters(shape, cfg.tune.r),
+        method=cfg.tune.method.value,
+        precision=cfg.precision.value,
+        choices=tuple(found),
+        configured=choice(cfg, shape, cluster(first), work.at(first, 1), budget),
+        best=best,
+        scaling=tuple(scaling),
+        proposals=tuple(instead),
+        totals=work.totals,
+        why_no_totals=work.why,
     )
 
 
-def show(cfg: PlanConfig, result: PlanResult, console: Console) -> None:
-    console.print(
-        f"{result.parameters:,} parameters, {result.trainable:,} trained; training FLOPs: {result.flops_per_token:.3g} "
-        f"per supervised token, and {result.attention_flops:.3g} for the attention of one conversation of "
-        f"{cfg.data.max_len:,} tokens"
-    )
-    console.print(memory_table(cfg, result.memory))
-    where = f"{cfg.cluster.gpus} GPUs of {cfg.cluster.memory_gib:g} GiB, zero.stage={cfg.zero.stage}"
-    if result.fits:
-        console.print(f"{where}: fits")
-    elif result.fixes:
-        overrides = " ".join(result.fixes)
-        console.print(f"{where}: does not fit; the cheapest overrides that would: {overrides}", soft_wrap=True)
-    else:
-        console.print(f"{where}: does not fit with any setting here; more or larger GPUs are needed", soft_wrap=True)
+def work_of(cfg: PlanConfig, shape: Mapping[str, Any], found: tuple[Any, Plan] | str) -> Work:
+    """From the real plan: its totals and the packs of its first steps; else full packs of long conversations."""
+    if isinstance(found, str):
+        typical = typical_step(cfg, shape)
+        return Work(lambda gpus, grown: replace(typical, packs=typical.packs * grown), None, found)
+    plan = found[1]
+    totals = plan.totals()
+    terms = cost.attention_terms(shape)
+    lengths = [[pack.length.tolist() for pack in step.packs] for step in islice(plan.steps_from(), SAMPLE)]
+    pairs = [
+        [sum(flops * cost.visible_pairs(n, window) for n in pack for flops, window in terms) for pack in step]
+        for step in lengths
+    ]
+    costs = [[float(plan.cost.of(np.array(pack)).sum()) for pack in step] for step in lengths]
+
+    def at(gpus: int, grown: int) -> timing.Step:
+        packs = round(totals.packs / totals.steps) * grown
+        balance = float(np.mean([_balance(step * grown, gpus) for step in costs]))
+        return timing.Step(
+            packs=packs,
+            tokens=totals.tokens / totals.packs,
+            pairs=float(np.mean([pack for step in pairs for pack in step])),
+            supervised=totals.targets / totals.packs,
+            balance=balance,
+        )
+
+    return Work(at, totals, None)
 
 
-def memory_table(cfg: PlanConfig, memory: Mapping[int, Mapping[str, float]]) -> Table:
-    table = Table(title="Memory per GPU in GiB (total: with 10 % and 1.5 GiB for fragments and the device)")
-    parts = list(next(iter(memory.values())))
-    for heading in ("zero.stage", *parts, "total"):
-        table.add_column(heading, justify="right")
-    for stage, values in memory.items():
-        total = cost.total(values)
-        style = "bold" if stage == cfg.zero.stage else None
-        cells = [f"{values[part] / GIB:.2f}" for part in parts]
-        table.add_row(str(stage), *cells, f"{total / GIB:.2f}", style=style)
-    return table
+def _balance(costs: list[float], ranks: int) -> float:
+    """Mean over largest cost of the packs of those ranks that have the most: what `Step.micro` does not say already."""
+    dealt = deal(costs, ranks)
+    loads = np.where(dealt < 0, 0.0, np.array(costs)[dealt]).sum(axis=1)
+    micro = -(-len(costs) // ranks)
+    return min(1.0, micro * float(np.mean(costs)) / float(loads.max()))
+
+
+def _ready(cfg: PlanConfig, say: Callable[[str], None]) -> Prepared:
+    """The stores, found or made where that is quick."""
+    command = f"sftdist prepare {shlex.join(word for word in sys.argv[1:] if '=' in word)}"
+    return prepare_small(request_of(cfg.data, cfg.model), command, say)
 
 
 def command(cfg: PlanConfig) -> int:
-    show(cfg, run(cfg), Console(highlight=False))
+    result = run(cfg, partial(print, file=sys.stderr, flush=True))
+    text = json.dumps(as_json(result), indent=2)
+    print(text if cfg.output == "json" else "\n".join(lines(result)))
+    if cfg.file is not None:
+        path = Path(cfg.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = {".json": lambda: text, ".svg": lambda: scaling_svg(result), ".html": lambda: page(result)}
+        write_text(path, written[path.suffix]())
+        print(f"written: {path}", file=sys.stderr)
     return 0
 
 
+def known_gpu(cfg: PlanConfig) -> list[str]:
+    """An unknown GPU is an issue among the others."""
+    try:
+        named(cfg.cluster.gpu)
+    except config.ConfigError as error:
+        return error.issues
+    return []
+
+
 def main() -> int:
-    """The command line: `sftdist plan +exp=X cluster.gpus=8 cluster.memory_gib=80`."""
-    return config.main(PlanConfig, command, "plan")
+    """The command line: `sftdist plan +exp=X cluster.gpus=8 cluster.gpu=h100`."""
+    return config.main(PlanConfig, command, "plan", checks=[known_gpu])
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
 from sftdist.model.load import weight_hashes
 from sftdist.model.loss import causal_lm
+from sftdist.training.auto import chosen_words, settled, settled_on_all
 from sftdist.training.build import Trained, build_trained, model_config, special_ids
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
@@ -83,7 +84,14 @@ class TrainResult:
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it starts torchrun's agent."""
     work = run_rank if is_worker() else start
-    return config.main(TrainConfig, work, "train", checks=[engine_issues], makes_runs=True)
+    return config.main(TrainConfig, work, "train", checks=[engine_issues], makes_runs=True, settle=settle)
+
+
+def settle(cfg: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """What `auto` leaves to the machine, decided once."""
+    if cfg.auto:
+        quickstart.lay_out(cfg)
+    return settled(cfg, given, partial(print, flush=True))
 
 
 def engine_issues(cfg: TrainConfig) -> list[str]:
@@ -105,7 +113,7 @@ def start(cfg: TrainConfig) -> int:
         if finished_before(run_dir) is not None:
             return agent.DONE
     nproc, grace_seconds = agent.ranks_here(cfg.launch.nproc), cfg.checkpoint.grace_seconds
-    argv = [*sys.argv[1:], same_run(cfg)]
+    argv = [*sys.argv[1:], same_run(cfg), *chosen_words(cfg)]
     ranks = f"{nproc} rank{'s' * (nproc != 1)}" + " on this node" * (cfg.launch.nodes > 1)
     print(f"starting {ranks}: the run is in {run_dir}, what each rank says in {run_dir / 'log'}", flush=True)
     return agent.launch(MODULE, argv, nproc, run_dir, grace_seconds, cfg.launch.max_restarts, nodes_of(cfg))
@@ -135,7 +143,7 @@ def run_rank(cfg: TrainConfig) -> int:
         if os.environ["RANK"] == "0":
             print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
-    run(cfg)
+    run_settled(cfg)
     ignore_stop_signals()  # a cluster may repeat them, and this rank's work is done
     return agent.DONE
 
@@ -147,6 +155,11 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
     `datasets.Dataset`; `tokenizer`: a transformers tokenizer instead of the model's. Raises an `SftdistError` that
     says what was given, what is required and what to change; the run directory then holds the last good checkpoint.
     """
+    return run_settled(settled_on_all(cfg, partial(print, flush=True)), dataset=dataset, tokenizer=tokenizer)
+
+
+def run_settled(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> TrainResult:
+    """The same, where `auto` has made its choice."""
     run_dir = Path(str(cfg.run.dir))
     with ExitStack() as stack:
         if is_worker():

@@ -28,7 +28,8 @@ class Command(Generic[T]):
     """What `config.main` knows about a command; all that this file needs of a configuration.
 
     `load(overrides)` composes and checks, `pack` and `unpack` carry a configuration between ranks, `show` is its
-    YAML, `help` the list of keys, `sweep(words)` runs the jobs of `-m`, `run` does the work.
+    YAML, `help` the list of keys, `sweep(words)` runs the jobs of `-m`, `run` does the work. `settle(cfg, overrides)`
+    decides what the configuration leaves to the machine, before it is shared; what is only shown stays as it is.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Command(Generic[T]):
     help: Callable[[], str]
     sweep: Callable[[Sequence[str]], int]
     run: Callable[[T], object]
+    settle: Callable[[T, Sequence[str]], T] = lambda cfg, overrides: cfg
 
 
 def run_command(command: Command[T], argv: Sequence[str]) -> int:
@@ -78,7 +80,7 @@ def _dispatch(command: Command[T], argv: list[str]) -> int:
             )
         return _sweep(command, words)
     overrides, show = _without_cfg(argv)
-    cfg = _shared(command, overrides)
+    cfg = _shared(command, overrides, settle=not show)
     if cfg is None:
         return FAILED  # rank 0 has printed why
     if show:
@@ -89,15 +91,20 @@ def _dispatch(command: Command[T], argv: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _shared(command: Command[T], overrides: Sequence[str]) -> T | None:
+def _shared(command: Command[T], overrides: Sequence[str], *, settle: bool) -> T | None:
     """One configuration for all ranks: rank 0 composes it, the others get it, or None where it is refused."""
+
+    def load() -> T:
+        cfg = command.load(overrides)
+        return command.settle(cfg, overrides) if settle else cfg
+
     if not is_worker():
-        return command.load(overrides)
+        return load()
     if not _speaks():
         packed = json.loads(share_text("config", None))
         return None if packed is None else command.unpack(packed)
     try:
-        cfg = command.load(overrides)
+        cfg = load()
     except BaseException:
         share_text("config", "null")
         raise

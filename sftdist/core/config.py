@@ -144,13 +144,15 @@ def main(
     checks: Sequence[Callable[[T], list[str]]] = (),
     sweep_checks: Sequence[Callable[[T], list[str]]] = (),
     makes_runs: bool = False,
+    settle: Callable[[T, frozenset[str]], T] | None = None,
 ) -> int:
     """The command line of `sftdist prog`: compose, check, `run(cfg)`; the exit code, which `run` may return.
 
     Under torchrun rank 0 composes and the others get its result, so that an error is printed once and every rank
     trains the same. `checks` are further rules on the configuration, reported together with all others, `sweep_checks`
     those for a job of a sweep (`-m`); `makes_runs`: what it does belongs to a run directory, so that each job of a
-    sweep gets its own.
+    sweep gets its own. `settle(cfg, given)` decides on rank 0 what is left to the machine; `given`: the keys that the
+    command line names.
     """
 
     def load(overrides: Sequence[str]) -> T:
@@ -171,8 +173,17 @@ def main(
         help=lambda: help_text(schema, prog),
         sweep=sweep,
         run=run,
+        settle=lambda cfg, overrides: cfg if settle is None else settle(cfg, given_keys(overrides, schema)),
     )
     return run_command(command, sys.argv[1:] if argv is None else argv)
+
+
+def given_keys(overrides: Sequence[str], schema: type[TrainConfig] = TrainConfig) -> frozenset[str]:
+    """The keys that a command line names; `zero=3` names zero.stage, which is all that its files hold."""
+    with _conf():
+        words = read_words(overrides, _vocabulary(schema))
+    keys = [override.key_or_group for override in words.values]
+    return frozenset([*keys, "zero.stage"] if "zero" in words.groups else keys)
 
 
 def help_text(schema: type, prog: str) -> str:

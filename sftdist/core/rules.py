@@ -19,6 +19,7 @@ from sftdist.core.settings import (
     Method,
     MonitorConfig,
     Offload,
+    PlanConfig,
     PrepareConfig,
     TrainConfig,
 )
@@ -61,11 +62,12 @@ AT_LEAST = {
     "gate.min_prompts": 1,
     "to_label_rows": 1,
     "limit": 1,
-    "cluster.gpus": 1,
+    "cluster.gpus_per_node": 1,
 }
 ABOVE_ZERO = (
     *("data.temperature", "data.max_passes", "train.epochs", "tune.alpha", "optimizer.lr", "optimizer.eps"),
-    *("checkpoint.grace_seconds", "export.shard_gib", "cluster.memory_gib"),
+    *("checkpoint.grace_seconds", "export.shard_gib"),
+    *("cluster.memory_gib", "cluster.network_gbps"),
     *("launch.join_seconds", "launch.lost_seconds", "launch.hang_seconds"),
     "watch_seconds",
 )
@@ -86,6 +88,8 @@ WORDS = {
     "lock": ("write", "extend", "withdraw"),
     "split": ("validation", "holdout"),
 }
+PLAN_OUTPUT = ("terminal", "json")
+PLAN_FILES = (".html", ".svg", ".json")
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):\d{1,5}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -139,8 +143,11 @@ def _ranges(cfg: TrainConfig) -> Iterator[str]:
 def _words(cfg: TrainConfig) -> Iterator[str]:
     for key, words in WORDS.items():
         value = _read(cfg, key)
+        words = PLAN_OUTPUT if key == "output" and isinstance(cfg, PlanConfig) else words
         if value is not None and value not in words:
             yield f"{key}: given {shown(value)}, required one of {', '.join(words)}"
+    if isinstance(cfg, PlanConfig):
+        yield from _cluster(cfg)
     if isinstance(cfg, PrepareConfig) and cfg.lock is not None and cfg.data.holdout_lock is None:
         yield f"lock: given {shown(cfg.lock)} without data.holdout_lock; say which file: data.holdout_lock=FILE.json"
     if isinstance(cfg, ExportConfig) and cfg.step not in ("latest", "best") and not cfg.step.isdecimal():
@@ -149,6 +156,15 @@ def _words(cfg: TrainConfig) -> Iterator[str]:
     is_names = isinstance(target, list) and target and all(isinstance(name, str) for name in target)
     if not is_names and target != "all-linear":
         yield f"tune.target: given {shown(target)}, required all-linear or a list such as [q_proj,v_proj]"
+
+
+def _cluster(cfg: PlanConfig) -> Iterator[str]:
+    gpus = cfg.cluster.gpus
+    counts = gpus if isinstance(gpus, list) else [gpus]
+    if not counts or not all(type(count) is int and count >= 1 for count in counts):
+        yield f"cluster.gpus: given {shown(gpus)}, required a number of at least 1, or a list such as [8,64,512]"
+    if cfg.file is not None and not cfg.file.endswith(PLAN_FILES):
+        yield f"file: given {shown(cfg.file)}, required a name that ends with {', '.join(PLAN_FILES)}"
 
 
 def _sources(cfg: TrainConfig) -> Iterator[str]:

@@ -441,8 +441,13 @@ class ExportConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class ClusterSettings:
-    gpus: int = 8
-    memory_gib: float = 80.0
+    """The machine that `plan` plans for."""
+
+    gpus: Any = 8  # or a list, [8,64,512]: how the job would scale
+    gpu: str = "h100"  # a name of the table in model/hardware.py
+    memory_gib: float | None = None  # of one GPU; default: what it has
+    gpus_per_node: int = 8
+    network_gbps: float = 400.0  # Gb/s per GPU between nodes; default: InfiniBand NDR
 
 
 @dataclass(kw_only=True)
@@ -450,6 +455,8 @@ class PlanConfig(TrainConfig):
     """The keys of train, and the machine that `plan` plans for."""
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    output: str = "terminal"  # terminal | json
+    file: str | None = None  # write the result there, too: .html or .svg (the scaling curve), or .json
 
 
 @dataclass(kw_only=True)

@@ -22,8 +22,11 @@ FILE = "config.yaml"
 # trained: a run that was begun with an earlier one goes on.
 NOT_HASHED = (
     *("config_version", "run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run"),
-    *("evals", "gate"),
+    *("evals", "gate", "auto"),
 )
+# And these keys of sections that count: a layer that is recomputed gives the same bits as one that was kept, so a run
+# may resume where there is less memory.
+NOT_HASHED_KEYS = ("model.activation_checkpointing", "model.recompute_layers")
 IDENTITY = ("run.dir", "run.name")
 SECTIONS = tuple(item.name for item in fields(TrainConfig))
 
@@ -88,13 +91,16 @@ def config_hash(cfg: TrainConfig) -> str:
 def identifies_run(key: str) -> bool:
     """Whether a run's name, directory or hash depends on this key, or on one below it."""
     section = key.partition(".")[0].partition("[")[0]
-    hashed = section in SECTIONS and section not in NOT_HASHED
+    hashed = section in SECTIONS and section not in NOT_HASHED and key not in NOT_HASHED_KEYS
     return hashed or any(f"{name}.".startswith(f"{key}.") for name in IDENTITY)
 
 
 def hashed_part(cfg: TrainConfig) -> dict[str, Any]:
     """What `config_hash` hashes."""
-    return {name: to_plain(getattr(cfg, name)) for name in SECTIONS if name not in NOT_HASHED}
+    part = {name: to_plain(getattr(cfg, name)) for name in SECTIONS if name not in NOT_HASHED}
+    for section, _, key in (name.partition(".") for name in NOT_HASHED_KEYS):
+        del part[section][key]
+    return part
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from sftdist.core import agent, snapshot
 from sftdist.core.errors import ConfigError, DataAbsentError
 from sftdist.core.settings import TrainConfig
-from sftdist.data.corpus import overlong_lines
+from sftdist.data.corpus import Corpus, overlong_lines
 from sftdist.data.pipeline import Prepared
 from sftdist.data.plan import Plan
 from sftdist.data.planned import corpus_of, plan_spec
@@ -25,19 +25,27 @@ def print_plan(cfg: TrainConfig, ready: Callable[[], Prepared]) -> None:
     setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=planned_trainable(cfg, shape))
     need = cost.total(cost.memory(shape, setup)) / cost.GIB
     print(f"{cost.parameters(shape).total:,} parameters, about {need:.1f} GiB on each of {ranks(cfg)} ranks")
+    found = planned(cfg, ready)
+    if isinstance(found, str):
+        print(f"no plan of the steps yet: {found}", flush=True)
+        return
+    corpus, plan = found
+    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
+        print(line, flush=True)
+
+
+def planned(cfg: TrainConfig, ready: Callable[[], Prepared]) -> tuple[Corpus, Plan] | str:
+    """The real plan over the stores that `ready` finds or makes, or why there is none yet."""
     try:
         prepared = ready()
     except (DataAbsentError, ConfigError) as error:
         # A preset that brings its own shape is planned without its weights and tokenizer, which may be out of reach.
         if isinstance(error, ConfigError) and cfg.model.shape is None:
             raise
-        print(f"no plan of the steps yet: {error}", flush=True)
-        return
+        return str(error)
     corpus = corpus_of(cfg, prepared)
     exact = planned_config(cfg, len(corpus.template.tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune.method, corpus.supervised_share))
-    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, plan.totals(), ranks(cfg))):
-        print(line, flush=True)
+    return corpus, Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune.method, corpus.supervised_share))
 
 
 def ranks(cfg: TrainConfig) -> int:

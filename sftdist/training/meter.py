@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,30 +9,9 @@ from typing import Any
 
 import torch
 
-GIB = 2**30
+from sftdist.model.hardware import recognised
 
-# Dense bf16 FLOP/s (fp16 where there is no bf16) of the vendors' data sheets, by a part of the device's name.
-# The first match counts: longer names come before those that they contain.
-PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 150e12,
-    "RTX A6000": 155e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-    "MI300X": 1307e12,
-}
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -108,9 +86,8 @@ def peak_flops(device: torch.device, world_size: int) -> float | None:
     """Peak of the whole job in FLOP/s by the name of the GPU; None for a CPU or a GPU that is not in the list."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    per_gpu = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-    return None if per_gpu is None else per_gpu * world_size
+    gpu = recognised(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.flops * world_size
 
 
 def memory_gib(device: torch.device) -> float:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sftdist.training.console import Pace, PlainConsole, ProgressConsole, open_console, other_line
-from sftdist.training.meter import PEAK_FLOPS, Meter, StepFacts, memory_gib, peak_flops
+from sftdist.model.hardware import GPUS
+from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, evaluated, evaluation_losses, open_tracker
 
 
@@ -268,7 +269,7 @@ def test_peak_of_known_gpus(name: str, per_gpu: float | None, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), 4) == (None if per_gpu is None else 4 * per_gpu)
     assert peak_flops(torch.device("cpu"), 4) is None
-    parts = list(PEAK_FLOPS)
+    parts = list(GPUS)
     assert all(short not in long for i, short in enumerate(parts) for long in parts[i + 1 :])
 
 

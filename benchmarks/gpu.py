@@ -34,19 +34,22 @@ TIMES_TRL = 1.25
 MEMORY_OFF = 0.10  # share by which a predicted peak may be off, and a peak above its floor
 HOST_BYTES = 16  # a parameter under zero.offload=optimizer: float32 master, gradient and two moments on the host
 HOST_ROOM = 0.85
+PATIENCE = 1.5
+TRIALS = 0.7  # share of a row's seconds for trying settings; the fastest is measured further after them
 NEEDED = 20.0  # seconds without which no row is begun
 
 
 @dataclass(frozen=True)
 class Row:
-    """One job for our worker. `seconds`: most that it may take; `aim`: share of the matmul rate it should reach."""
+    """One job for our worker. `seconds`: what it should take, its process is ended after `PATIENCE` times as long;
+    `aim`: share of the matmul rate it should reach; `peer_seconds`: what TRL should take, 0 where it is not asked."""
 
     name: str
     kind: str
     seconds: float
     job: Job = field(default_factory=dict)
     aim: float | None = None
-    peer_seconds: float = 0.0  # 0: TRL is not asked
+    peer_seconds: float = 0.0
 
 
 def training(name: str, model: str, method: str, seconds: float, peer_seconds: float, **more: Any) -> Row:
@@ -55,17 +58,18 @@ def training(name: str, model: str, method: str, seconds: float, peer_seconds: f
     return Row(name, "train", seconds, job, aim, peer_seconds)
 
 
+# By importance; the first with a peer also finds the fastest setting of TRL's, which is cheap on a small model.
 ROWS = (
     Row("matmul", "matmul", 30),
-    training("Llama-3.1-8B LoRA", "llama8b", "lora", 100, 60, aim=0.55),
-    training("Qwen2.5-1.5B full", "qwen1.5b", "full", 60, 30),
+    training("Qwen2.5-1.5B full", "qwen1.5b", "full", 80, 40),
+    training("Llama-3.1-8B LoRA", "llama8b", "lora", 130, 50, aim=0.55),
+    Row("attention", "attention", 20),
+    Row("loss", "loss", 20),
     training("Llama-3.1-8B full", "llama8b", "full", 80, 40, aim=0.60, cut=True),
-    training("Qwen2.5-0.5B full", "qwen0.5b", "full", 40, 30),
-    Row("attention", "attention", 30),
-    Row("loss", "loss", 25),
-    Row("memory", "memory", 30, {"model": "qwen1.5b-248k", "method": "full", "recompute": False}),
-    Row("memory, recomputed", "memory", 30, {"model": "qwen1.5b-248k", "method": "full", "recompute": True}),
-    training("Llama-3.1-8B QLoRA", "llama8b", "qlora", 80, 0),
+    Row("memory", "memory", 20, {"model": "qwen1.5b-248k", "method": "full", "recompute": False}),
+    Row("memory, recomputed", "memory", 20, {"model": "qwen1.5b-248k", "method": "full", "recompute": True}),
+    training("Qwen2.5-0.5B full", "qwen0.5b", "full", 75, 30),
+    training("Llama-3.1-8B QLoRA", "llama8b", "qlora", 60, 0),
     training("Llama-3.1-8B full, offload", "llama8b", "full", 120, 0, stage=2, offload=True),
 )
 
@@ -119,8 +123,8 @@ class Run:
         if reason:
             return Outcome(row, {"absent": reason})
         limit = min(row.seconds, self._left())
-        # trials end early enough for what is measured after them
-        answer = self.ours.ask({**job, "kind": row.kind, "trial_seconds": 0.6 * limit}, limit)
+        words = {**job, "kind": row.kind, "trial_seconds": TRIALS * limit}
+        answer = self.ours.ask(words, PATIENCE * limit, self._left())
         outcome = Outcome(row, answer, note=note)
         if row.peer_seconds and outcome.figures:
             outcome.peer = self._peer(row, job, bool(outcome.figures["recomputed_layers"]))
@@ -157,8 +161,8 @@ class Run:
         settings = [{**known, "recompute": recompute} for known in self._peer_settings()]
         if not recompute:  # where it does not fit like ours
             settings.append({**settings[0], "recompute": True, "only_if_none": True})
-        job = {**job, "kind": "peer", "settings": settings, "trial_seconds": 0.7 * limit}
-        answer = self.trl.ask(job, limit)
+        job = {**job, "kind": "peer", "settings": settings, "trial_seconds": TRIALS * limit}
+        answer = self.trl.ask(job, PATIENCE * limit, self._left())
         if "figures" in answer and self.peer_setting is None:
             self.peer_setting = answer["figures"]["setting"]
         return answer

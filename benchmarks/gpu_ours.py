@@ -42,6 +42,7 @@ DTYPE = torch.bfloat16
 RANK = 16  # of LoRA
 LR = 1e-5
 BACKWARD = 2.5  # FLOPs of flash attention's backward over its forward: five products, the scores made again, for two
+COMPILING = 40.0  # seconds that torch.compile may need beyond a trial
 ROOM = 0.92  # of the GPU's memory that a prediction may fill before a setting is tried
 
 
@@ -329,6 +330,7 @@ class Trials:
         self._engine: Trainer | None = None
         self._module: LossModel | None = None
         self._setting: Setting | None = None
+        self._longest = 0.0  # seconds that a trial took
         self.lines: list[str] = []
 
     def fastest(self) -> Trial:
@@ -357,14 +359,18 @@ class Trials:
         return found if found is not None and found.speed.seconds < best.speed.seconds else best
 
     def _try(self, setting: Setting, *, needed: bool = False) -> Trial | None:
-        if not needed and time.monotonic() > self._until:
+        needs = self._longest + (COMPILING if setting.compiled else 0.0)
+        if not needed and time.monotonic() + needs > self._until:
             self.lines.append(f"{setting}: no time left")
             return None
         if setting.recompute < self._row.layers and not self._row.fits(setting):
             gib = sum(self._row.predicted(setting).values()) / cost.GIB
             self.lines.append(f"{setting}: {gib:.0f} GiB predicted, not tried")
             return None
+        began = time.monotonic()
         trial, reason = self._run(setting)
+        if not setting.compiled:
+            self._longest = max(self._longest, time.monotonic() - began)
         if trial is None:
             self.drop()
             self.lines.append(f"{setting}: {reason}")
@@ -408,7 +414,7 @@ def matmul(job: Job) -> dict[str, Any]:
     """The bf16 rate of a large square product on random data: what a step can at best reach here."""
     device, side = torch.device(job["device"]), sizes_of(job).matmul
     left, right = (torch.randn(side, side, device=device).to(DTYPE) for _ in range(2))
-    calls = 10
+    calls = 50 if device.type == "cuda" else 5  # long enough for the clocks to settle
 
     def products() -> None:
         for _ in range(calls):
@@ -564,14 +570,15 @@ def memory(job: Job) -> dict[str, Any]:
     ]
     step = step_of(engine, [pack])
     step()
-    standing = allocated(row.device)  # weights, masters and moments, all made by now
+    standing = allocated(row.device)  # between two steps: weights, masters, moments, and what else is kept
     marks.clear()
     peak = peak_of(row, step)
     for hook in hooks:
         hook.remove()
+    stored = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     kept = marks[1] - marks[0]
-    floor = standing + 4 * trained + kept  # the gradients are summed in float32
+    floor = 2 * stored + 16 * trained + kept  # bf16 weights; masters, gradients and two moments in float32
     parts = row.predicted(setting, sizes.long_pack)
     engine.close()
     is_cuda = row.device.type == "cuda"
@@ -584,7 +591,7 @@ def memory(job: Job) -> dict[str, Any]:
         "floor_bytes": floor if is_cuda else None,
         "standing_bytes": standing if is_cuda else None,
         "activation_bytes": kept if is_cuda else None,
-        "gradient_bytes": 4 * trained,
+        "state_bytes": 2 * stored + 16 * trained,
         "predicted_bytes": sum(parts.values()),
         "predicted_parts": parts,
         "is_finite": all(math.isfinite(size) for size in parts.values()),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def install(folder: Path, target: Path) -> str:
     if done.returncode != 0:
         return f"pip install: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
     sys.path.insert(0, str(target))
+    invalidate_caches()
     earlier = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(target), *([earlier] if earlier else [])])
     return ""

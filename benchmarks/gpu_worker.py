@@ -82,8 +82,9 @@ class Worker:
         self._log = folder / "errors.txt"
         self.starts = 0
 
-    def ask(self, job: Job, seconds: float) -> Answer:
-        """The child's answer, or `{"error": ...}` where it ended or took longer than `seconds`."""
+    def ask(self, job: Job, seconds: float, most: float = float("inf")) -> Answer:
+        """The child's answer, or `{"error": ...}` where it ended or took longer than `seconds`, or than what a fresh
+        child may take for its imports beside them; than `most` in no case."""
         fresh = self._child is None or self._child.poll() is not None
         child = self._start() if fresh else self._child
         assert child is not None
@@ -91,7 +92,7 @@ class Worker:
         try:
             child.stdin.write(json.dumps(job) + "\n")
             child.stdin.flush()
-            answer = self._wait(seconds + (START_SECONDS if fresh else 0.0))
+            answer = self._wait(min(most, seconds + (START_SECONDS if fresh else 0.0)))
         except BrokenPipeError:
             answer = self._ended()
         if answer.get("fatal") or answer.get("left_bytes", 0) > LEFT_BEHIND:

@@ -220,6 +220,9 @@ class Setup:
     offload: bool = False
     loss_chunk: int = 2048
     moments: int = 2  # of the optimizer: 2 for AdamW, 1 for SGD with momentum
+    recompute_layers: int | None = None  # with checkpointing: of how many layers; None: of all
+    quantised: bool = False  # the frozen linear layers lie in 4 bits
+    double_quant: bool = True  # and so do most of their constants
 
 
 def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
@@ -236,8 +239,11 @@ def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
     master = 0 if setup.precision == "fp32" else 4
     share = [1.0 / setup.world if setup.stage >= needed else 1.0 for needed in (1, 2, 3)]
     trains_head = not is_lora
+    linear = p.total - p.embedding * (1 if shape_of(config).tied else 2) if setup.quantised else 0
+    # 4 bits and the constants of blocks of 64, in bits per weight: one in float32, or in 8 bits with its own constants
+    four_bits = (4 + (0.127 if setup.double_quant else 0.5)) / 8
     parts = {
-        "weights": stored * compute * share[2],
+        "weights": (linear * four_bits + (stored - linear) * compute) * share[2],
         "gradients": trainable * 4.0 * share[1],  # accumulated in float32
         "optimizer": 0.0 if setup.offload else trainable * (master + 4.0 * setup.moments) * share[0],
         "activations": _activations(config, setup, compute),
@@ -255,9 +261,10 @@ def _activations(config: Mapping[str, Any], setup: Setup, compute: int) -> float
     # residual twice, two norms (input and float32 copy), q k v before and after rotation, attention output,
     # gate, up, their activation and product
     per_token = compute * (4 * s.hidden + 3 * query + 4 * key + 4 * width) + 8 * s.hidden
-    layers = per_token * setup.pack_tokens * (1 if setup.checkpointing else s.layers)
-    kept = compute * s.hidden * setup.pack_tokens * (s.layers if setup.checkpointing else 0)
-    return float(layers + kept)
+    again = (s.layers if setup.recompute_layers is None else setup.recompute_layers) if setup.checkpointing else 0
+    # Of a recomputed layer the input is kept, and one at a time is there in full.
+    whole = s.layers - again + min(again, 1)
+    return float(per_token * setup.pack_tokens * whole + compute * s.hidden * setup.pack_tokens * again)
 
 
 def _logits(config: Mapping[str, Any], setup: Setup, compute: int, trains_head: bool) -> float:

@@ -113,12 +113,15 @@ def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | N
         offload=cfg.zero.offload != Offload.none and stage > 0,
         loss_chunk=cfg.model.loss_chunk,
         moments=len(optimizer_spec(cfg).moments),
+        recompute_layers=cfg.model.recompute_layers,
+        quantised=cfg.tune.method == Method.qlora,
+        double_quant=cfg.tune.double_quant,
     )
 
 
 def planned_trainable(cfg: TrainConfig, shape: Mapping[str, Any]) -> int | None:
     """Parameters that an adapter will train, None in a full fine-tune."""
-    return cost.lora_parameters(shape, cfg.tune.r) if cfg.tune.method == Method.lora else None
+    return None if cfg.tune.method == Method.full else cost.lora_parameters(shape, cfg.tune.r)
 
 
 def engine_spec(cfg: TrainConfig) -> EngineSpec:

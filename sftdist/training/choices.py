@@ -14,7 +14,7 @@ from sftdist.core.settings import Kernels, Method, Offload, TrainConfig
 from sftdist.data.planned import pack_tokens, plan_spec
 from sftdist.model import cost, timing
 from sftdist.model.hardware import Cluster
-from sftdist.training.build import engine_spec, memory_setup, optimizer_spec
+from sftdist.training.build import engine_spec, memory_setup, optimizer_spec, planned_trainable
 from sftdist.training.zero_config import spec_issues
 
 STAGES = (0, 1, 2, 3)
@@ -120,7 +120,7 @@ def fastest_that_fits(
 def choice(cfg: TrainConfig, shape: Mapping[str, Any], cluster: Cluster, step: timing.Step, budget: float) -> Choice:
     """What a configuration needs and takes as it is."""
     layers = cost.shape_of(shape).layers
-    trainable = None if cfg.tune.method == Method.full else cost.lora_parameters(shape, cfg.tune.r)
+    trainable = planned_trainable(cfg, shape)
     setup = memory_setup(cfg, stage=cfg.zero.stage, world=cluster.gpus, trainable=trainable)
     parts = cost.memory(shape, setup)
     needed = cost.total(parts)

@@ -160,7 +160,7 @@ def _terms(terms: timing.Terms) -> str:
     named = {
         "matrix products": terms.matmul,
         "attention": terms.attention,
-        "norms and other passes over memory": terms.elementwise,
+        "norms, activations and launches": terms.elementwise,
         "recomputation": terms.recompute,
         "waiting for the costliest rank": terms.waiting,
         "communication not covered by compute": terms.exposed,
@@ -173,8 +173,10 @@ def _terms(terms: timing.Terms) -> str:
 
 
 def _job(result: PlanResult) -> Iterator[str]:
-    one = result.best or result.configured
+    one = _taken(result)
     hours = result.hours(one.terms, result.step)
+    if one.cfg.tune.method.value != result.method:
+        yield f"With tune.method={one.cfg.tune.method}:"
     if result.totals is not None:
         totals = result.totals
         yield (
@@ -183,11 +185,17 @@ def _job(result: PlanResult) -> Iterator[str]:
             + ("" if one is result.configured or _same(one, result.configured) else " with the fastest setting")
         )
         return
-    yield f"The whole job: not known, no plan of the steps yet: {result.why_no_totals}"
+    why, *more = str(result.why_no_totals).splitlines()
+    yield f"The whole job: not known, no plan of the steps yet: {why}{f' (and {len(more)} more)' if more else ''}"
     yield (
         f"A million tokens: {_duration(hours)}, {hours * result.gpus:,.3g} GPU-hours, for packs full of conversations "
         f"of data.max_len tokens, {SUPERVISED:.0%} of them supervised"
     )
+
+
+def _taken(result: PlanResult) -> Choice:
+    """What the job's time is said for: the fastest that fits, else what would fit instead, else the configured one."""
+    return result.best or next(iter(result.proposals), result.configured)
 
 
 def _scaling_table(result: PlanResult) -> list[list[str]]:
@@ -255,7 +263,7 @@ def as_json(result: PlanResult) -> dict[str, Any]:
 
 
 def _job_figures(result: PlanResult) -> dict[str, Any]:
-    one = result.best or result.configured
+    one = _taken(result)
     hours = result.hours(one.terms, result.step)
     figures: dict[str, Any] = {"hours": hours, "gpu_hours": hours * result.gpus, "of": "a million tokens"}
     if result.totals is None:

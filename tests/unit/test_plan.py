@@ -1,0 +1,169 @@
+"""`sftdist plan`: memory and time of every choice, what fits, how a job scales, and what would fit instead."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from sftdist import plan
+from sftdist.core import config
+from sftdist.core.errors import ConfigError
+from sftdist.core.settings import PlanConfig
+from sftdist.model import cost
+from sftdist.model.hardware import Cluster
+from sftdist.training.choices import choice, recomputing
+from sftdist.training.plan_view import PlanResult, as_json, efficiency, lines, page, scaling_svg
+from sftdist.training.planned_model import planned_config
+
+LLAMA = planned_config(config.compose("llama8b", (), PlanConfig), 0).to_dict()
+EIGHT = ("cluster.gpus=8", "cluster.memory_gib=80")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFTDIST_DATA", raising=False)
+
+
+def planned(exp: str, *words: str) -> PlanResult:
+    return plan.run(config.compose(exp, words, PlanConfig), lambda text: None)
+
+
+@pytest.fixture(scope="module")
+def eight() -> PlanResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SFTDIST_DATA", raising=False)
+        return planned("llama8b", *EIGHT)
+
+
+def test_every_choice_is_there(eight: PlanResult) -> None:
+    kinds = {(one.cfg.zero.stage, str(one.cfg.zero.offload)) for one in eight.choices}
+    assert kinds == {(0, "none"), *((stage, place) for stage in (1, 2, 3) for place in ("none", "optimizer"))}
+    for kind in kinds:
+        counts = [one.recomputed for one in eight.choices if (one.cfg.zero.stage, str(one.cfg.zero.offload)) == kind]
+        assert counts[0] == 0
+        assert counts[-1] == 32
+        assert len(counts) == 3
+    assert all(one.fits == (one.needed <= 80 * cost.GIB) for one in eight.choices)
+    assert (eight.parameters, eight.trainable) == (8_030_261_248, 8_030_261_248)
+
+
+def test_selective_recomputation_is_the_least_that_fits(eight: PlanResult) -> None:
+    found = False
+    for none, some, every in zip(*(iter(eight.choices),) * 3, strict=True):
+        assert none.needed > some.needed > every.needed
+        assert none.terms.total < some.terms.total < every.terms.total
+        if every.fits and not none.fits:
+            found = True
+            fewer = recomputing(some.cfg, some.recomputed - 1, 32)
+            assert some.fits
+            assert not choice(fewer, LLAMA, Cluster(eight.gpu, 8), eight.step, 80 * cost.GIB).fits
+    assert found
+
+
+def test_the_fastest_that_fits(eight: PlanResult) -> None:
+    assert eight.best is not None
+    assert eight.best.fits
+    least = min(one.terms.total for one in eight.choices if one.fits)
+    assert eight.best.terms.total <= 1.02 * least
+    assert eight.configured.recomputed == 32
+    assert eight.best.terms.total < eight.configured.terms.total
+    again = planned("llama8b", *EIGHT, *eight.best.words())
+    assert again.configured.needed == eight.best.needed, "the words stand for the choice"
+    assert again.configured.terms == eight.best.terms
+
+
+@pytest.mark.parametrize("exp", ["llama8b", "llama8b_lora", "chat_small", "quickstart"])
+def test_every_preset_is_planned(exp: str) -> None:
+    result = planned(exp, *EIGHT)
+    assert result.best is not None
+    text = "\n".join(lines(result))
+    assert "The fastest" in text or "It is the fastest" in text
+    assert ("The whole job: not known" in text) == (exp != "quickstart"), "only the quickstart brings its data along"
+    assert "nan" not in text
+    assert "inf" not in text
+
+
+def test_the_job_of_the_actual_store() -> None:
+    result = planned("quickstart", "cluster.gpus=2")
+    assert result.totals is not None
+    assert result.best is not None
+    hours = result.hours(result.best.terms, result.step)
+    assert hours * 3600 == pytest.approx(result.totals.steps * result.best.terms.total, rel=0.02)
+    assert 0.5 < result.step.balance <= 1
+    assert result.step.tokens == pytest.approx(result.totals.tokens / result.totals.packs)
+    assert f"{result.totals.steps:,} steps" in "\n".join(lines(result))
+
+
+def test_how_a_job_scales() -> None:
+    result = planned("llama8b", "cluster.gpus=[8,64,512]")
+    assert [one.gpus for one in result.scaling] == [8, 64, 512]
+    shares = [efficiency(result, one) for one in result.scaling]
+    assert shares[0] == (1, 1)
+    assert shares[1][0] < 0.3, "16 packs for 64 GPUs"
+    assert shares[2][0] < shares[1][0]
+    assert min(weak for _, weak in shares) > 0.85, "the step grows with the GPUs"
+    text = "\n".join(lines(result))
+    assert "with 64 GPUs and 16 packs a step 48 GPUs have nothing to do: train.packs_per_step=64 or more" in text
+    slow = planned("llama8b", "cluster.gpus=[8,64]", "cluster.network_gbps=10")
+    assert efficiency(slow, slow.scaling[1])[1] < efficiency(result, result.scaling[1])[1] - 0.2
+    drawing = ElementTree.fromstring(scaling_svg(result))
+    said = [element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"8", "64", "512", "GPUs"} <= set(said)
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 4, "three points and the legend's"
+    html = page(result)
+    assert "<svg" in html
+    assert not re.search(r'(src|href)="', html), "no outside file"
+
+
+def test_what_would_fit_instead() -> None:
+    result = planned("llama8b", "cluster.gpus=1", "cluster.gpu=rtx-4090")
+    assert result.best is None
+    assert [one.cfg.tune.method.value for one in result.proposals] == ["lora", "qlora"]
+    assert all(one.fits for one in result.proposals)
+    text = "\n".join(lines(result))
+    assert re.search(r"tune.method=qlora zero.stage=\d .*\([\d.]+ GiB a GPU, [\d.]+ s a step\)", text)
+    assert "does not fit" in text
+    nothing = planned("llama8b", "cluster.gpus=1", "cluster.memory_gib=2")
+    assert nothing.proposals == ()
+    assert "More or larger GPUs are needed" in "\n".join(lines(nothing))
+    assert "none of the settings fits" in scaling_svg(nothing)
+    json.dumps(as_json(nothing))
+
+
+def test_json_for_scripts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cfg = config.compose("llama8b", [*EIGHT, "output=json", f"file={tmp_path}/plan.svg"], PlanConfig)
+    assert plan.command(cfg) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["gpus"] == 8
+    assert {one["stage"] for one in found["choices"]} == {0, 1, 2, 3}
+    first = found["choices"][0]
+    assert first["needed"] >= sum(first["memory"].values())
+    assert found["fastest"]["fits"]
+    assert found["job"]["of"] == "a million tokens"
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+    assert "written:" in said.err
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("cluster.gpu=h101", "cluster.gpu: given 'h101', required one of gb200"),
+        ("cluster.gpus=0", "cluster.gpus: given 0, required a number of at least 1"),
+        ("cluster.gpus=[8,many]", "cluster.gpus: given"),
+        ("cluster.gpus=[]", "cluster.gpus: given"),
+        ("cluster.network_gbps=0", "cluster.network_gbps: given 0, required a number above 0"),
+        ("cluster.gpus_per_node=0", "cluster.gpus_per_node: given 0"),
+        ("output=html", "output: given 'html', required one of terminal, json"),
+        ("file=plan.pdf", "file: given 'plan.pdf', required a name that ends with .html, .svg, .json"),
+    ],
+)
+def test_what_is_refused(word: str, said: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        config.compose("llama8b", [word], PlanConfig, checks=[plan.known_gpu])
+    assert said in str(found.value)

@@ -123,7 +123,17 @@ class Bench:
 
     def setup(self, setting: Setting, pack: int | None = None) -> cost.Setup:
         trainable = None if self.method == "full" else cost.lora_parameters(self.mapping, RANK)
-        return predicted_setup(self.job, setting, pack or self.sizes.pack, trainable)
+        return cost.Setup(
+            stage=int(self.job.get("stage", 0)),
+            world=1,
+            pack_tokens=pack or self.sizes.pack,
+            trainable=trainable,
+            checkpointing=setting.recompute > 0,
+            recompute_layers=setting.recompute,
+            quantised=self.method == "qlora",
+            offload=bool(self.job.get("offload")),
+            loss_chunk=self.sizes.chunk,
+        )
 
     def predicted(self, setting: Setting, pack: int | None = None) -> dict[str, float]:
         return cost.memory(self.mapping, self.setup(setting, pack))
@@ -132,18 +142,6 @@ class Bench:
         if self.device.type != "cuda":
             return True
         return sum(self.predicted(setting).values()) < ROOM * torch.cuda.get_device_properties(0).total_memory
-
-
-def predicted_setup(job: Job, setting: Setting, pack: int, trainable: int | None) -> cost.Setup:
-    return cost.Setup(
-        stage=int(job.get("stage", 0)),
-        world=1,
-        pack_tokens=pack,
-        trainable=trainable,
-        checkpointing=setting.recompute > 0,
-        offload=bool(job.get("offload")),
-        loss_chunk=sizes_of(job).chunk,
-    )
 
 
 def bench(job: Job) -> Bench:
@@ -488,6 +486,7 @@ def loss(job: Job) -> dict[str, Any]:
     """Forward and backward of the head with its loss over one pack, half of whose tokens are supervised."""
     device, sizes = torch.device(job["device"]), sizes_of(job)
     config = load_config(None, None, shape("llama8b", sizes.tiny))
+    torch.manual_seed(0)
     hidden = (torch.randn(sizes.pack, sizes.hidden, device=device) * 0.5).to(DTYPE)
     head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False, device=device, dtype=DTYPE)
     head.weight.data.normal_(std=0.02)

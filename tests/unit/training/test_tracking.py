@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sftdist.training.console import Pace, PlainConsole, ProgressConsole, open_console, other_line
 from sftdist.model.hardware import GPUS
+from sftdist.training.console import Pace, PlainConsole, ProgressConsole, open_console, other_line
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.tracking import METRICS, ROWS, JsonLines, Tracker, cut, evaluated, evaluation_losses, open_tracker
 

@@ -5,7 +5,9 @@ descending length (best fit decreasing), a batch at a time, never row by row in 
 
 1. Costly documents. A document whose attention alone exceeds that of an average pack makes a pack
    that no company can make cheap. Such packs are put beside their equals, at most a quarter of a
-   step: one 8,192-token document makes seven ranks wait, two of them make six.
+   step (half of a small one): one 8,192-token document makes seven ranks wait, two of them make
+   six. For each of them three packs of its step are given less to do: less attention, and where
+   that is not enough fewer tokens. A rank that gets all four is no slower than the others.
 2. The bulk. Each batch goes to the emptiest steps, and in them to the packs with the least
    attention work so far (longest processing time first, Graham 1969). So packs of one step cost
    the same, and all steps see every length alike. In a batch each source's documents go to the
@@ -32,6 +34,10 @@ Floats = NDArray[np.float64]
 
 STEP_WEIGHT = 64.0  # weight of "this step is emptier" against "this pack has less attention work"
 COSTLY_SHARE = 4  # at most 1 / COSTLY_SHARE of a step's packs are costly ones
+SMALL_STEP = 16  # packs; up to here a rank may have one pack a step, and then only equals help: half may be costly
+RELIEF = 3  # packs that do less for each costly one
+RELIEF_FACTOR = 1.3  # times what the costly pack exceeds the average by: not every rank gets its very own three
+SPARED = 0.8  # of an average pack's attention can be saved by short documents
 MASS_UNIT = 64.0  # masses are rounded to 1/64 of a supervised token where they decide
 EXCHANGES = 5
 FULL = 0.9998  # no more exchanges beyond this fill
@@ -67,10 +73,19 @@ class _Grid:
     """A window in the making. Pack p stands in step p % steps; documents are in dealing order."""
 
     def __init__(
-        self, length: Ints, work: Floats, source: Ints, mass: Floats, capacity: int, steps: int, slots: int, seed: int
+        self,
+        length: Ints,
+        work: Floats,
+        source: Ints,
+        mass: Floats,
+        capacity: int,
+        steps: int,
+        slots: int,
+        token_work: float,
+        seed: int,
     ) -> None:
         self.length, self.work, self.source, self.mass = length, work, source, mass
-        self.capacity, self.steps, self.slots = capacity, steps, slots
+        self.capacity, self.steps, self.slots, self.token_work = capacity, steps, slots, token_work
         self.packs = steps * slots
         self.sources = int(source.max(initial=0)) + 1
         self.pack = np.full(len(length), -1, np.int64)
@@ -90,11 +105,27 @@ class _Grid:
 
     def deal_costly(self, documents: Ints, average: float) -> int:
         """Place the documents that are costlier than an average pack; returns how many those are."""
-        group = -(-self.slots // COSTLY_SHARE)
+        group = -(-self.slots // (2 if self.slots <= SMALL_STEP else COSTLY_SHARE))
         number = min(int(np.count_nonzero(self.work[documents] > average)), group * self.steps)
         i = np.arange(number)
         self.put(documents[:number], i % group * self.steps + i // group)
+        self._relieve(group, average)
         return number
+
+    def _relieve(self, group: int, average: float) -> None:
+        """For each of the first `group` packs of a step let three others do less.
+
+        As work that they seem to have already: the bulk passes them by until only short documents are left. In a step
+        so small that a rank may have one pack of it, nobody would gain by fewer tokens.
+        """
+        load, room = (column.reshape(self.slots, self.steps) for column in (self.load, self.room))
+        others = slice(group, min(self.slots, group + RELIEF * group))
+        excess = np.repeat(np.maximum(load[:group] - average, 0.0), RELIEF, axis=0)[: others.stop - group]
+        wanted = np.rint(excess * (RELIEF_FACTOR / RELIEF))
+        load[others] += np.minimum(wanted, np.rint(SPARED * average))
+        if self.token_work and self.slots > SMALL_STEP:
+            tokens = np.maximum(wanted - np.rint(SPARED * average), 0.0) // self.token_work
+            room[others] -= np.minimum(tokens, self.capacity).astype(np.int64)
 
     def deal_bulk(self, documents: Ints, average: float) -> Ints:
         """Deal documents of descending length until they no longer fit half of the packs; returns the rest."""
@@ -210,18 +241,21 @@ def pack_grid(
     source: NDArray[np.integer] | None = None,
     mass: Floats | None = None,
     age: NDArray[np.integer] | None = None,
+    dense: float = 0.0,
     seed: int = 0,
 ) -> Ints:
     """Pack documents, in mixture order, into `steps` x `slots` packs of at most `capacity` tokens.
 
-    `attention` float64 [n] FLOPs; `source` int [n]; `mass` float64 [n] weight over targets; `age`
-    int [n]: how often a document was left over before; those who waited twice are placed first.
+    `attention` float64 [n] FLOPs; `dense` FLOPs per token (0: unknown, no pack is given fewer tokens);
+    `source` int [n]; `mass` float64 [n] weight over targets; `age` int [n]: how often a document was
+    left over before; those who waited twice are placed first.
     Returns int64 [n]: the pack of each document, step = pack // slots; -1 for those left over.
     """
     length = np.asarray(lengths, np.int64)
     n = len(length)
     work = np.zeros(n) if attention is None else attention
-    work = np.rint(work * (2.0**24 / max(float(work.max(initial=0.0)), 1e-300)))
+    unit = 2.0**24 / max(float(work.max(initial=0.0)), 1e-300)
+    work = np.rint(work * unit)
     grid = _Grid(
         length,
         work,
@@ -230,13 +264,14 @@ def pack_grid(
         capacity,
         steps,
         slots,
+        np.rint(dense * unit),
         seed,
     )
     age = np.zeros(n, np.int64) if age is None else np.asarray(age, np.int64)
     # the rest of the window is there to choose from when packs are closed, and opens the next one
     candidates = np.arange(int(np.searchsorted(np.add.accumulate(length), grid.packs * capacity, side="right")))
     candidates = candidates[np.argsort(-length[candidates], kind="stable")]
-    average = max(float(work.sum()) / grid.packs, 1.0)
+    average = max(float(work[candidates].sum()) / grid.packs, 1.0)
     waiting = candidates[grid.deal_costly(candidates, average) :]
     left = []
     turn = np.where(age < OVERDUE, 0, age)[waiting]

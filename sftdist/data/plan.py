@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sftdist.core.errors import CheckpointError, ConfigError, DataError
 from sftdist.data.mixture import Floats, Ints, Mixture, SourceTable
-from sftdist.data.packing import CostModel, pack_grid
+from sftdist.data.packing import SMALL_STEP, CostModel, pack_grid
 from sftdist.data.permutation import key64, shuffled
 from sftdist.data.steps import (
     STATE_VERSION,
@@ -33,6 +33,7 @@ from sftdist.data.steps import (
 )
 from sftdist.data.window import Conversations, Window
 
+SMALL_STEPS = 32  # of at most SMALL_STEP packs: so many are planned together
 SPARE = 0.03  # of a window's tokens stay behind, so that packs can be closed exactly (fill 99.9 %)
 
 
@@ -207,9 +208,12 @@ class Plan:
 
     def _window(self, state: WindowState) -> tuple[Window, WindowState, str]:
         """Draw, pack, and say what is carried over; the last item says why the draws end here, if they do."""
-        drawn, cursor = self._mixture.draw(state.cursor, self.spec.window)
-        source = np.concatenate([state.source, drawn.source])
-        index = np.concatenate([state.index, drawn.index])
+        source, index, cursor = state.source, state.index, state.cursor
+        while True:
+            drawn, cursor = self._mixture.draw(cursor, self.spec.window)
+            source, index = np.concatenate([source, drawn.source]), np.concatenate([index, drawn.index])
+            if drawn.end or self._is_enough(source, index):
+                break
         length, mass = self._lookup(source, index)
         longest = int(length.max(initial=0))
         if longest > self.spec.pack_tokens:
@@ -217,7 +221,7 @@ class Plan:
                 f"a conversation has {longest} tokens, a pack holds {self.spec.pack_tokens}: "
                 "train.pack_tokens must be at least data.max_len; raise it or lower data.max_len"
             )
-        age = np.concatenate([state.age, np.zeros(len(drawn.index), np.int64)])
+        age = np.concatenate([state.age, np.zeros(len(index) - len(state.index), np.int64)])
         pool = Conversations(source, index, length, mass, age)
         if self.spec.packing and self.spec.packs_per_step is not None:
             seed = key64(self.spec.seed, 1, *cursor.drawn)
@@ -227,6 +231,14 @@ class Plan:
         step = state.step + len(window.packs_of_step)
         older = left.age + bool(window.packs_of_step)
         return window, WindowState(step, cursor, left.source, left.index, older), drawn.end
+
+    def _is_enough(self, source: NDArray[np.int16], index: Ints) -> bool:
+        """Whether a window can be planned: small steps need many of their kind, to put costly packs beside equals."""
+        slots = self.spec.packs_per_step
+        if slots is None or slots > SMALL_STEP or not self.spec.packing:
+            return True
+        tokens = int(self._lookup(source, index)[0].sum())
+        return tokens * (1 - SPARE) >= SMALL_STEPS * slots * self.spec.pack_tokens
 
     def _balanced(self, pool: Conversations, slots: int, seed: int, flush: bool) -> tuple[Window, Conversations]:
         """Steps of `slots` packs; with `flush` everything is packed, and the last step may be smaller."""
@@ -258,6 +270,7 @@ class Plan:
             source=pool.source,
             mass=pool.mass,
             age=pool.age,
+            dense=self.cost.dense,
             seed=seed,
         )
 

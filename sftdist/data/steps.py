@@ -15,7 +15,7 @@ from sftdist.core.errors import CheckpointError
 from sftdist.data.mixture import Cursor, Floats, Ints
 from sftdist.data.packing import CostModel, deal
 
-STATE_VERSION = 1  # also of the algorithm: raise it with every change that moves a conversation to another step
+STATE_VERSION = 2  # also of the algorithm: raise it with every change that moves a conversation to another step
 
 
 @dataclass(frozen=True)

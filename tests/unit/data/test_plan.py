@@ -274,5 +274,5 @@ def test_fingerprint_and_state_belong_to_one_plan() -> None:
     state = next(one.steps_from()).after
     with pytest.raises(CheckpointError, match="was saved for plan"):
         next(changed[0].steps_from(state))
-    with pytest.raises(CheckpointError, match="version 2"):
-        LoaderState.from_json({**state.to_json(), "version": 2})
+    with pytest.raises(CheckpointError, match="version 3"):
+        LoaderState.from_json({**state.to_json(), "version": 3})

@@ -6,8 +6,9 @@ descending length (best fit decreasing), a batch at a time, never row by row in 
 1. Costly documents. A document whose attention alone exceeds that of an average pack makes a pack
    that no company can make cheap. Such packs are put beside their equals, at most a quarter of a
    step (half of a small one): one 8,192-token document makes seven ranks wait, two of them make
-   six. For each of them three packs of its step are given less to do: less attention, and where
-   that is not enough fewer tokens. A rank that gets all four is no slower than the others.
+   six. They get no company that would make the step slower than its costliest document does, and
+   for each of them three packs of its step are given less to do: less attention, and where that
+   is not enough fewer tokens. A rank that gets all four is no slower than the others.
 2. The bulk. Each batch goes to the emptiest steps, and in them to the packs with the least
    attention work so far (longest processing time first, Graham 1969). So packs of one step cost
    the same, and all steps see every length alike. In a batch each source's documents go to the
@@ -109,10 +110,26 @@ class _Grid:
         number = min(int(np.count_nonzero(self.work[documents] > average)), group * self.steps)
         i = np.arange(number)
         self.put(documents[:number], i % group * self.steps + i // group)
-        self._relieve(group, average)
+        excess = self._excess(group, average)
+        self._relieve(group, average, excess)
         return number
 
-    def _relieve(self, group: int, average: float) -> None:
+    def _excess(self, group: int, average: float) -> Floats:
+        """Work of the first `group` packs of each step beyond an average pack, 0 where there is none.
+
+        They get no more company than makes them as costly as the costliest document of their step is by itself.
+        """
+        load, room = (column.reshape(self.slots, self.steps)[:group] for column in (self.load, self.room))
+        excess = load - average
+        if self.token_work:
+            alone = load + self.token_work * (self.capacity - room)
+            limit = np.maximum(alone.max(0), average + self.token_work * self.capacity)
+            company = np.minimum(room, ((limit - alone) // self.token_work).astype(np.int64))
+            excess -= self.token_work * (room - company)
+            room[:] = company
+        return np.maximum(excess, 0.0)
+
+    def _relieve(self, group: int, average: float, excess: Floats) -> None:
         """For each of the first `group` packs of a step let three others do less.
 
         As work that they seem to have already: the bulk passes them by until only short documents are left. In a step
@@ -120,8 +137,8 @@ class _Grid:
         """
         load, room = (column.reshape(self.slots, self.steps) for column in (self.load, self.room))
         others = slice(group, min(self.slots, group + RELIEF * group))
-        excess = np.repeat(np.maximum(load[:group] - average, 0.0), RELIEF, axis=0)[: others.stop - group]
-        wanted = np.rint(excess * (RELIEF_FACTOR / RELIEF))
+        wanted = np.repeat(excess, RELIEF, axis=0)[: others.stop - group]
+        wanted = np.rint(wanted * (RELIEF_FACTOR / RELIEF))
         load[others] += np.minimum(wanted, np.rint(SPARED * average))
         if self.token_work and self.slots > SMALL_STEP:
             tokens = np.maximum(wanted - np.rint(SPARED * average), 0.0) // self.token_work

@@ -245,7 +245,7 @@ class Plan:
         capacity = self.spec.pack_tokens
         window = Window()
         while steps := int(int(pool.length.sum()) * (1 - SPARE)) // (slots * capacity):
-            pack = self._grid(pool, steps, slots, seed)
+            pack = self._grid(pool, steps, slots, seed, dense=self.cost.dense)
             order = shuffled(steps, seed)  # the costly packs open the grid, they must not open the window
             window.add(pool, np.where(pack < 0, -1, order[pack // slots] * slots + pack % slots), [slots] * steps)
             pool = pool.take(pack < 0)
@@ -259,7 +259,7 @@ class Plan:
             pool = pool.take(pack < 0)
         return window, pool
 
-    def _grid(self, pool: Conversations, steps: int, slots: int, seed: int) -> Ints:
+    def _grid(self, pool: Conversations, steps: int, slots: int, seed: int, dense: float = 0.0) -> Ints:
         attention = self.cost.attention_of(pool.length)
         return pack_grid(
             pool.length,
@@ -270,7 +270,7 @@ class Plan:
             source=pool.source,
             mass=pool.mass,
             age=pool.age,
-            dense=self.cost.dense,
+            dense=dense,
             seed=seed,
         )
 

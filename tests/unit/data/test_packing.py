@@ -96,15 +96,16 @@ def balance(cost: CostModel, lengths: np.ndarray, capacity: int, ranks: int, eac
 def test_a_rank_with_four_packs_does_not_wait(
     cost: CostModel, capacity: int, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With long documents among the others no rank is more than 3 % behind the mean; packs that are merely filled
+    """With long documents among the others no rank is more than 2 % behind the mean; packs that are merely filled
     alike leave one further behind at 64 ranks, where a step holds documents that cost more than a whole other pack."""
     steps = 2
-    lengths = lognormal(int(steps * ranks * 4 * capacity / 600), cap=capacity)
+    bulk = lognormal(int(steps * ranks * 4 * capacity / 600), cap=capacity // 4)
+    lengths = np.random.default_rng(5).permutation(np.concatenate([bulk, np.full(steps * ranks // 4, capacity)]))
     found = min(balance(cost, lengths, capacity, ranks, 4, steps))
-    assert found > 0.97
+    assert found > 0.98
     if ranks == 64:
         monkeypatch.setattr(packing._Grid, "_relieve", lambda grid, *given: None)
-        assert min(balance(cost, lengths, capacity, ranks, 4, steps)) < found - 0.003
+        assert min(balance(cost, lengths, capacity, ranks, 4, steps)) < found - 0.01
 
 
 def test_a_rank_with_one_pack_waits_for_documents_and_not_for_packs() -> None:

@@ -116,6 +116,7 @@ def export_model(
     except (CheckpointError, _GivenUp) as error:  # on every rank, or on none
         end = error
     finally:
+        job.end()
         if world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
     world.barrier()
@@ -149,10 +150,12 @@ class _Job:
         self._model = causal_lm(source.module.model)
         self._whole = spec.merge or not is_adapted(source)  # a model folder, not an adapter alone
         self._logits: list[torch.Tensor] = []
+        self._check = FreshCheck()
 
     def write(self, folder: Path) -> None:
         """Every file of the export, the manifest last; and what the live model says to the probes."""
         self._go_on("exporting")
+        self.on_main(lambda: self._check.start(adapter=not self._whole))
         self._logits = [self._source.logits(row) for row in probe_rows(self._model)]
         known: dict[str, dict[str, Any]] = {}
         if is_adapted(self._source):
@@ -164,22 +167,22 @@ class _Job:
     def prove(self, folder: Path) -> None:
         """In a fresh process on rank 0, while every rank may still be asked to stop."""
         with tempfile.TemporaryDirectory() as scratch:
-            check = FreshCheck(folder, Path(scratch))
-            self.on_main(lambda: self._start(check, Path(scratch)))
-            try:
-                while self._world.all_reduce_max(float(check.running())):
-                    self._go_on("checking the export")
-                    time.sleep(_POLL_SECONDS)
-                self._go_on("checking the export")  # a signal to every process of the job has ended the check, too
-                self.on_main(check.require_passed)
-            finally:
-                check.kill()
+            self.on_main(lambda: self._give(folder, Path(scratch)))
+            while self._world.all_reduce_max(float(self._check.running())):
+                self._go_on("checking the export")
+                time.sleep(_POLL_SECONDS)
+            self._go_on("checking the export")  # a signal to every process of the job has ended the check, too
+            self.on_main(self._check.require_passed)
 
-    def _start(self, check: FreshCheck, probe: Path) -> None:
+    def end(self) -> None:
+        """No process is left behind."""
+        self._check.kill()
+
+    def _give(self, folder: Path, probe: Path) -> None:
         dtype = self._spec.dtype if self._whole else "fp32"
         tolerance = tolerance_of(self._source.spec.precision, dtype)
         write_probe(probe, self._model, self._template, self._logits, tolerance)
-        check.start()
+        self._check.give(folder, probe)
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, on every rank; where it fails there, every rank raises CheckpointError."""

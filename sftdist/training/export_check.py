@@ -1,6 +1,8 @@
 """Is an exported folder the model that was trained? Run as a process of its own, which knows nothing but the files.
 
-`python -m sftdist.training.export_check FOLDER [PROBE]` ends with 0, or with 1 and the reason.
+`python -m sftdist.training.export_check FOLDER [PROBE]` ends with 0, or with 1 and the reason. Without arguments it
+reads them from standard input, a line each: it is started before the folder is written, for its imports take longer
+than the check of a small model.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str], load: Callable[[Path], nn.Module] = load_stri
     logging.disable_progress_bar()
     for number in STOP_SIGNALS:  # a cluster signals every process of a job; the parent decides when this one ends
         signal.signal(number, signal.SIG_IGN)
-    folder, *probe = map(Path, arguments)
+    folder, *probe = map(Path, arguments or sys.stdin.read().splitlines())
     try:
         print(check(folder, probe[0] if probe else None, load))
     except CheckpointError as error:

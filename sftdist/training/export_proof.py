@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,24 +32,37 @@ _PROBE_ROWS, _PROBE_TOKENS = 3, 24
 
 
 class FreshCheck:
-    """A process that knows nothing but the files checks an exported folder; it ends with this one."""
+    """A process that knows nothing but the files checks an exported folder; it ends with this one.
 
-    def __init__(self, folder: Path, probe: Path | None = None) -> None:
-        self._folder, self._probe = folder, probe
+    `start` lets it import what it needs, `give` says which folder: between the two the folder may still be written.
+    """
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process; a pipe could fill up
         self._deadline = 0.0
 
-    def start(self) -> None:
-        module = _ADAPTER_CHECK if (self._folder / ADAPTER_CONFIG).is_file() else _CHECK
-        arguments = [sys.executable, "-m", module, str(self._folder), *([str(self._probe)] if self._probe else [])]
+    def start(self, *, adapter: bool) -> None:
+        """`adapter`: the folder will hold an adapter alone."""
         self._process = subprocess.Popen(
-            arguments, stdout=self._output, stderr=subprocess.STDOUT, env=plain_environment()
+            [sys.executable, "-m", _ADAPTER_CHECK if adapter else _CHECK],
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=plain_environment(),
         )
-        self._deadline = time.monotonic() + _TIMEOUT_SECONDS
+
+    def give(self, folder: Path, probe: Path | None = None) -> None:
+        self._folder, self._deadline = folder, time.monotonic() + _TIMEOUT_SECONDS
+        assert self._process is not None
+        assert self._process.stdin is not None
+        words = "\n".join(map(str, [folder, *([probe] if probe else [])]))
+        with suppress(BrokenPipeError), self._process.stdin as pipe:  # it may have ended: its words are the verdict
+            pipe.write(words.encode())
 
     def running(self) -> bool:
-        """Whether it was started and has no verdict yet; one that takes too long is killed."""
+        """Whether it was given a folder and has no verdict yet; one that takes too long is killed."""
         if self._process is not None and time.monotonic() > self._deadline:
             self.kill()
         return self._process is not None and self._process.poll() is None
@@ -81,8 +95,9 @@ def verify_export(folder: Path) -> None:
     listed = problems_of(folder)  # here, so that a wrong file is named without loading anything
     if listed:
         raise CheckpointError(f"{folder} is not what was exported: {'; '.join(listed[:5])}")
-    check = FreshCheck(folder)
-    check.start()
+    check = FreshCheck()
+    check.start(adapter=(folder / ADAPTER_CONFIG).is_file())
+    check.give(folder)
     check.require_passed()
 
 

@@ -55,7 +55,8 @@ from sftdist.training.console import open_console
 from sftdist.training.contract import contract
 from sftdist.training.dry_run import print_plan
 from sftdist.training.ending import ending, record_in_ledger
-from sftdist.training.export import ExportSpec, export_model
+from sftdist.training.export import ExportSpec, export_model, is_adapter_alone
+from sftdist.training.export_proof import FreshCheck
 from sftdist.training.loop import Calls, Flags, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.offline import write_outline
@@ -219,7 +220,7 @@ def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
 @dataclass(frozen=True)
 class Job:
     """The parts of a run that its phases share; `steps` is the number of optimizer steps of the whole run, `say` prints
-    a line on rank 0."""
+    a line on rank 0, `check` is the process that will prove the export."""
 
     cfg: TrainConfig
     run_dir: Path
@@ -230,6 +231,7 @@ class Job:
     checkpoints: Checkpoints
     steps: int
     say: Callable[[str], None]
+    check: FreshCheck
 
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop."""
@@ -266,7 +268,7 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     state = TrainState(**saved["run"]) if saved else TrainState()
     if cfg.train.startup_checks:
         run_checks(world, contract(cfg, corpus, plan, trained, world, run_dir), say)
-    job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps, say)
+    job = Job(cfg, run_dir, world, stop, corpus, trained, checkpoints, totals.steps, say, FreshCheck())
     if job.any_stop_requested():  # nothing is lost: the last checkpoint is the newest there can be
         return finish(job, state, None)
     position = saved["data"] if saved else None
@@ -283,6 +285,7 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
             tracker.close("failed")
         raise
     finally:
+        job.check.kill()
         loader.close()
     tracker.close(result.state)
     return result
@@ -308,6 +311,8 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
     def begin(step: Step) -> None:
         world.progress.begin_step(step.step + 1, step.row_ids)
         tracker.rows_of(step.step + 1, step.row_ids)
+        if world.is_main and step.step + 1 == job.steps:  # its imports take longer than to export a small model
+            job.check.start(adapter=is_adapter_alone(engine, export_spec(job, job.steps)))
 
     def track(state: TrainState, done: StepDone) -> None:
         tracker.report({"kind": "train", **meter.line(facts(state, done, world))})
@@ -424,10 +429,14 @@ def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Call
 def export_of(job: Job, state: TrainState) -> Path | None:
     """The verified model of a run that has taken its last step; None where a rank was asked to stop meanwhile."""
     job.status(agent.PREEMPTED, "exporting", state.step)
-    settings = job.cfg.export
-    spec = ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge, state.step)
     engine, template, folder = job.trained.engine, job.corpus.template, job.run_dir / "export"
-    return export_model(engine, template, folder, spec, stopped=job.stop_requested, say=job.say)
+    spec = export_spec(job, state.step)
+    return export_model(engine, template, folder, spec, stopped=job.stop_requested, say=job.say, check=job.check)
+
+
+def export_spec(job: Job, step: int) -> ExportSpec:
+    settings = job.cfg.export
+    return ExportSpec(settings.dtype.value, int(settings.shard_gib * 2**30), settings.merge, step)
 
 
 def finish(job: Job, state: TrainState, export: Path | None) -> TrainResult:

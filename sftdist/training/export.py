@@ -95,15 +95,17 @@ def export_model(
     stopped: Callable[[], bool] | None = None,
     written: Callable[[], None] | None = None,
     say: Callable[[str], None] | None = None,
+    check: FreshCheck | None = None,
 ) -> Path | None:
     """Write, prove and publish the trained model; an older export of the same name is replaced. Collective.
 
     `stopped` is asked on every rank between tensors and while the fresh process runs: where one says yes, nothing is
-    left behind and the result is None. `written` is called when all values have been read. Raises CheckpointError on
-    every rank when a file cannot be written, when the export is what training began with though updates were applied,
-    or when the folder, loaded by a fresh process, is not the live model: the folder then keeps what it held.
+    left behind and the result is None. `written` is called when all values have been read. `check`: the fresh process,
+    where it was started already. Raises CheckpointError on every rank when a file cannot be written, when the export is
+    what training began with though updates were applied, or when the folder, loaded by a fresh process, is not the live
+    model: the folder then keeps what it held.
     """
-    job = _Job(source, template, spec or ExportSpec(), stopped, say or (lambda text: None))
+    job = _Job(source, template, spec or ExportSpec(), stopped, say or (lambda text: None), check or FreshCheck())
     world = source.world
     temp = Path(job.on_main(lambda: str(temporary_directory(folder))))
     end: CheckpointError | _GivenUp | None = None
@@ -130,6 +132,11 @@ def is_adapted(source: Exportable) -> bool:
     return source.module.model is not causal_lm(source.module.model)
 
 
+def is_adapter_alone(source: Exportable, spec: ExportSpec) -> bool:
+    """True where the export will be an adapter, not a model."""
+    return is_adapted(source) and not spec.merge
+
+
 class _GivenUp(Exception):
     """A rank was asked to stop, and all ranks know."""
 
@@ -144,13 +151,14 @@ class _Job:
         spec: ExportSpec,
         stopped: Callable[[], bool] | None,
         say: Callable[[str], None],
+        check: FreshCheck,
     ) -> None:
         self._source, self._world, self._template, self._spec = source, source.world, template, spec
         self._stopped, self._say = stopped, say
         self._model = causal_lm(source.module.model)
-        self._whole = spec.merge or not is_adapted(source)  # a model folder, not an adapter alone
+        self._whole = not is_adapter_alone(source, spec)
         self._logits: list[torch.Tensor] = []
-        self._check = FreshCheck()
+        self._check = check
 
     def write(self, folder: Path) -> None:
         """Every file of the export, the manifest last; and what the live model says to the probes."""

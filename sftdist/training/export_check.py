@@ -118,7 +118,10 @@ def main(arguments: Sequence[str], load: Callable[[Path], nn.Module] = load_stri
     logging.disable_progress_bar()
     for number in STOP_SIGNALS:  # a cluster signals every process of a job; the parent decides when this one ends
         signal.signal(number, signal.SIG_IGN)
-    folder, *probe = map(Path, arguments or sys.stdin.read().splitlines())
+    words = arguments or sys.stdin.read().splitlines()
+    if not words:  # the export was given up, or the parent has ended
+        return 1
+    folder, *probe = map(Path, words)
     try:
         print(check(folder, probe[0] if probe else None, load))
     except CheckpointError as error:

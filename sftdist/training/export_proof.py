@@ -44,7 +44,9 @@ class FreshCheck:
         self._deadline = 0.0
 
     def start(self, *, adapter: bool) -> None:
-        """`adapter`: the folder will hold an adapter alone."""
+        """`adapter`: the folder will hold an adapter alone. Once started, another start changes nothing."""
+        if self._process is not None:
+            return
         self._process = subprocess.Popen(
             [sys.executable, "-m", _ADAPTER_CHECK if adapter else _CHECK],
             stdin=subprocess.PIPE,

@@ -164,7 +164,7 @@ def main(
     def sweep(words: Sequence[str]) -> int:
         return multirun(prog, load_job, words, search_path(), makes_runs=makes_runs)
 
-    command = Command(
+    command: Command[T] = Command(
         name=prog,
         load=load,
         pack=to_dict,

@@ -170,7 +170,8 @@ def roofline(flops: float, moved: float, gpu: Gpu, precision: str = "bf16", achi
 def _forward(config: Mapping[str, Any], work: Work, step: Step, gpu: Gpu) -> _Pass:
     shape, counts = cost.shape_of(config), cost.parameters(config)
     size = _size(work)
-    moved = size * (counts.total - 2 * counts.embedding if not shape.tied else counts.total - counts.embedding)
+    looked_up = counts.embedding * (1 if shape.tied else 2)
+    moved = float(size * (counts.total - looked_up))
     moved += size * step.tokens * counts.linear_io * _active(shape)
     matmul = roofline(cost.dense_flops(config) * step.tokens, moved, gpu, work.precision)
     attention = roofline(step.pairs, 0.0, gpu, work.precision, ATTENTION_ACHIEVED)

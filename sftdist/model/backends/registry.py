@@ -62,8 +62,8 @@ def runs_on(
         with torch.enable_grad():
             output = backend(query, key, value, Documents.of_lengths([4, 2], device), LayerArguments(scaling=1.0))
             torch.autograd.grad(output.sum(), (query, key, value))
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        # torch goes on with a list of all that it could run on
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        # TypeError: another release's argument. torch goes on with a list of all that it could run on
         return f"{backend.name} does not run on {device}: {first_line(error).partition('. ')[0]}"
     return ""
 

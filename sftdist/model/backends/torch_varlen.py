@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from sftdist.model.backends.interface import Backend, Documents, LayerArguments
+
+# torch 2.11's kernel takes fewer key heads untold and has no such argument
+TELLS_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, arguments: LayerArguments) -> Tensor:
@@ -13,6 +19,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, argu
     window = arguments.sliding_window
     # the window's left size counts the keys before the query, transformers' window the query too
     left = -1 if window is None or window >= documents.longest else window - 1
+    groups: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if TELLS_OF_GROUPS else {}
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -23,7 +30,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, argu
         documents.longest,
         scale=arguments.scaling,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **groups,
     )
     assert isinstance(output, Tensor)  # a pair only with return_aux
     return output.unsqueeze(0)

@@ -86,7 +86,8 @@ def balance(cost: CostModel, lengths: np.ndarray, capacity: int, ranks: int, eac
     attention = cost.attention_of(lengths)
     pack = pack_grid(lengths, capacity, steps, ranks * each, attention=attention, dense=cost.dense, seed=1)
     placed = pack >= 0
-    costs = np.bincount(pack[placed], cost.of(lengths)[placed], steps * ranks * each).reshape(steps, -1)
+    weights = cost.of(lengths)[placed]
+    costs = np.bincount(pack[placed], weights, steps * ranks * each).astype(np.float64).reshape(steps, -1)
     loads = [step[deal(step, ranks)].sum(1) for step in costs]
     return [float(load.mean() / load.max()) for load in loads]
 

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint_plan import notes, plan_table
-from benchmarks.machine import ROOT, Result, command, load
+from benchmarks.machine import Result, command, load, run_on_ranks
 from sftdist.core.distributed import World, session
 from sftdist.data.loader import Batch, Document, pack_documents
 from sftdist.model.config import load_config
@@ -160,8 +157,9 @@ def stall(engine: Engine, world: World, folder: Path, *, background: bool) -> di
     }
 
 
-def worker(millions: int, stage: int, repeats: int, folder: Path) -> None:
-    """One setting, on this rank."""
+def worker(millions: int, stage: int, repeats: int, file: Path) -> None:
+    """One setting, on this rank; checkpoints go beside the file of the result."""
+    folder = file.parent
     torch.set_num_threads(1)
     with session() as world:
         engine = engine_of(millions, stage, world)
@@ -186,25 +184,17 @@ def worker(millions: int, stage: int, repeats: int, folder: Path) -> None:
             "background_mib": behind["held"],
         }
         if world.is_main:
-            print("RESULT " + json.dumps(row), flush=True)
+            file.write_text(json.dumps(row), encoding="utf-8")
 
 
 # All settings ------------------------------------------------------------------------------------------------------
 
 
 def run_setting(millions: int, ranks: int, stage: int, repeats: int) -> dict[str, Any]:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    with tempfile.TemporaryDirectory() as folder:
-        words += ["-m", "benchmarks.checkpoint", "--worker", folder, "--millions", str(millions)]
-        words += ["--stages", str(stage), "--repeats", str(repeats)]
-        loaded = load()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    row: dict[str, Any] = json.loads(line.split(" ", 1)[1])
-    return {**row, "load": loaded}
+    words = ["-m", "benchmarks.checkpoint", "--millions", str(millions)]
+    words += ["--stages", str(stage), "--repeats", str(repeats)]
+    loaded = load()
+    return {**run_on_ranks(ranks, words), "load": loaded}
 
 
 def arguments() -> argparse.Namespace:
@@ -214,7 +204,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--paper", action="store_true", help="only print what is computed")
-    parser.add_argument("--worker", type=Path, help="be one rank of one setting; the folder for its checkpoints")
+    parser.add_argument("--worker", type=Path, help="be one rank of one setting; the file of its result")
     return parser.parse_args()
 
 

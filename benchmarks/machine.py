@@ -7,10 +7,13 @@ Benchmarks are run from the root of the repository as `python -m benchmarks.NAME
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -70,6 +73,20 @@ def shared_data() -> Path:
         print(f"skipped: {', '.join(missing)} not in {folder}; set SFTDIST_DATA to the folder with the real chat data")
         sys.exit(0)
     return folder
+
+
+def run_on_ranks(ranks: int, words: list[str]) -> dict[str, Any]:
+    """Run `python WORDS --worker FILE` on so many ranks with one thread each; the JSON that rank 0 wrote to FILE."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        line += [*words, "--worker", str(file)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{shlex.join(line)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 @dataclass(frozen=True)

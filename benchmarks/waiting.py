@@ -64,7 +64,7 @@ def cost_model() -> CostModel:
 def ours(ranks: int, each: int, steps: int) -> Iterator[list[Packs]]:
     """Per step the packs of every rank, as the plan deals them."""
     lengths = lengths_of(20_000)
-    table = SourceTable("one", lengths, lengths - 1.0, np.arange(len(lengths)), 1.0)
+    table = SourceTable("one", lengths, lengths.astype(np.float64) - 1, np.arange(len(lengths)), 1.0)
     plan = Plan([table], PlanSpec(PACK, packs_per_step=ranks * each, max_steps=steps), cost_model())
     for step in plan.steps_from():
         dealt = step.deal(ranks, plan.cost)

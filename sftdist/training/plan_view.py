@@ -89,7 +89,8 @@ def lines(result: PlanResult) -> Iterator[str]:
         f"tokens on average, {step.micro(result.gpus)} for each GPU"
     )
     yield ""
-    yield "Memory per GPU in GiB and predicted seconds of a step (> as configured, * the fastest that fits):"
+    unit, _ = _unit(result)
+    yield f"Memory per GPU in {unit} and predicted seconds of a step (> as configured, * the fastest that fits):"
     yield from (f"  {line}" for line in columns(_right(_table(result))))
     yield ""
     yield from _verdict(result)
@@ -109,18 +110,26 @@ def lines(result: PlanResult) -> Iterator[str]:
 
 def _table(result: PlanResult) -> list[list[str]]:
     parts = [part for part in result.configured.parts if any(one.parts[part] for one in result.choices)]
-    rows = [["", *HEADINGS, *parts, "total", "fits", "step", "tokens/s"]]
+    rows = [["", *HEADINGS, *parts, "margin", "total", "fits", "step", "tokens/s"]]
+    size = _unit(result)[1]
     for one in result.choices:
         mark = (">" if _same(one, result.configured) else "") + ("*" if result.best is one else "")
-        sizes = [f"{one.parts[part] / cost.GIB:.1f}" for part in parts]
+        margin = one.needed - sum(one.parts.values())
+        sizes = [f"{value / size:,.1f}" for value in (*(one.parts[part] for part in parts), margin, one.needed)]
         rows.append(
             [
                 *(mark, str(one.cfg.zero.stage), str(one.cfg.zero.offload), f"{one.recomputed} of {one.layers}"),
-                *(*sizes, f"{one.needed / cost.GIB:.1f}", "yes" if one.fits else "no"),
+                *(*sizes, "yes" if one.fits else "no"),
                 *(f"{one.terms.total:.3g}", f"{tokens_per_second(one.terms, result.step):,.0f}"),
             ]
         )
     return rows
+
+
+def _unit(result: PlanResult) -> tuple[str, float]:
+    """GiB, or MiB where every part is less than one: its name and its bytes."""
+    largest = max(size for one in result.choices for size in one.parts.values())
+    return ("GiB", cost.GIB) if largest >= cost.GIB else ("MiB", cost.GIB / 1024)
 
 
 def _same(one: Choice, other: Choice) -> bool:

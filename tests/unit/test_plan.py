@@ -52,6 +52,20 @@ def test_every_choice_is_there(eight: PlanResult) -> None:
     assert (eight.parameters, eight.trainable) == (8_030_261_248, 8_030_261_248)
 
 
+@pytest.mark.parametrize("exp", ["llama8b", "quickstart"])
+def test_each_line_of_the_table_adds_up(exp: str) -> None:
+    result = planned(exp, *EIGHT, *([] if exp == "llama8b" else ["data.train=absent.jsonl"]))
+    text = list(lines(result))
+    heads = text[4].split()
+    table = [line.replace(",", "").split() for line in text[5 : 5 + len(result.choices)]]
+    for line in table:
+        cells = dict(zip(reversed(heads), reversed(line), strict=False))
+        parts = heads[heads.index("recomputed") + 1 : heads.index("total")]
+        assert {"weights", "gradients", "optimizer", "activations", "logits", "margin"} <= set(parts)
+        assert sum(float(cells[part]) for part in parts) == pytest.approx(float(cells["total"]), abs=0.5)
+        assert float(cells["activations"]) > 0
+
+
 def test_selective_recomputation_is_the_least_that_fits(eight: PlanResult) -> None:
     found = False
     for none, some, every in zip(*(iter(eight.choices),) * 3, strict=True):

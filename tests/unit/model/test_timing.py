@@ -8,31 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.predictions import LLAMA_8B, PUBLISHED, Published
 from sftdist.core.errors import ConfigError
 from sftdist.model import cost, timing
 from sftdist.model.hardware import CPU, GPUS, Cluster, named, recognised
 from sftdist.model.timing import Step, Work, full_packs, ring, roofline, step_seconds
 
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
-QWEN_7B: dict[str, Any] = {
-    **LLAMA_8B,
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
 TINY: dict[str, Any] = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 H100 = GPUS["H100"]
 EIGHT = Cluster(H100, 8)
@@ -147,33 +128,9 @@ def test_a_cpu_hides_no_communication() -> None:
     assert terms.hidden == 0 < terms.communication
 
 
-# Published, tokens per second and GPU, and how far from it the prediction may be. torchtitan 2024-12,
-# benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3: H100 with 2.4 TB/s at 500 W, sequences of 8,192, 2 for
-# each GPU, selective checkpointing (as half of the layers). NeMo Automodel docs/performance-summary.mdx: LoRA on
-# one H100, sequences of 4,096.
-SLOW_H100 = replace(H100, memory_rate=2.4e12)
-PUBLISHED = [
-    ("torchtitan 8 GPUs", LLAMA_8B, Work(stage=3, recomputed=16), Cluster(SLOW_H100, 8), 2, 8192, 5762),
-    ("torchtitan 8 GPUs, compiled", LLAMA_8B, Work(3, recomputed=16, fused=True), Cluster(SLOW_H100, 8), 2, 8192, 6667),
-    ("torchtitan 128 GPUs", LLAMA_8B, Work(stage=3, recomputed=16), Cluster(SLOW_H100, 128), 2, 8192, 5605),
-    ("NeMo Llama 3 8B LoRA", LLAMA_8B, Work(method="lora", trainable=LORA), Cluster(H100, 1), 1, 4096, 12473),
-    (
-        "NeMo Qwen 2.5 7B LoRA",
-        QWEN_7B,
-        Work(method="lora", trainable=cost.lora_parameters(QWEN_7B, 16)),
-        *(Cluster(H100, 1), 1, 4096, 14110),
-    ),
-]
-FACTOR = 1.3
-
-
-@pytest.mark.parametrize(("name", "config", "work", "cluster", "packs", "length", "published"), PUBLISHED)
-def test_published_figures(
-    name: str, config: dict[str, Any], work: Work, cluster: Cluster, packs: int, length: int, published: float
-) -> None:
-    step = full_packs(config, packs * cluster.gpus, length, length, 1.0)
-    predicted = packs * length / step_seconds(config, work, step, cluster).total
-    assert published / FACTOR < predicted < published * FACTOR, f"{name}: {predicted:,.0f}, {predicted / published:.2f}"
+@pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: run.name)
+def test_published_figures(run: Published) -> None:
+    assert run.rate / 1.3 < run.predicted < run.rate * 1.3, f"{run.predicted:,.0f}, {run.predicted / run.rate:.2f}"
 
 
 def test_names_of_gpus() -> None:

@@ -41,6 +41,7 @@ DOORS = {
     "datasets": {"sftdist.data.sources"},
     "peft": {"sftdist.model.lora"},
     "datasketch": {"sftdist.data.near"},
+    "bitsandbytes": {"sftdist.model.backends.quant"},
     "flash_attn": {"sftdist.model.backends.flash_attn"},
     "liger_kernel": {"sftdist.model.backends.liger"},
     "vllm": {"sftdist.evals.backends.vllm"},

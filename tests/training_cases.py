@@ -15,9 +15,10 @@ from sftdist.data.steps import LoaderState, WindowState
 from sftdist.model.load import enable_checkpointing
 from sftdist.model.lora import LoraSpec, attach
 from sftdist.model.loss import LossModel, supervised_positions
+from sftdist.model.quantised import quantise, whole
 from sftdist.training.engine import Engine, StepOutcome
 from sftdist.training.optimizer import OptimizerSpec
-from sftdist.training.zero_config import EngineSpec
+from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 from tests.models import VOCABULARY, tiny_model
 from tests.packed import IGNORED, random_row
 
@@ -44,6 +45,7 @@ class Case:
     rows: tuple[int, ...] = ()  # token rows that train beside the adapters
     checkpointing: bool = False  # of activations
     attention: str = "sdpa"
+    double_quant: bool | None = None  # the base in 4 bits, its constants too, or not; None: not quantised
 
 
 def make_module(case: Case) -> LossModel:
@@ -51,6 +53,10 @@ def make_module(case: Case) -> LossModel:
     model: Any = tiny_model(case.family, attention=case.attention, **case.changes)
     if case.checkpointing:
         enable_checkpointing(model)
+    if case.double_quant is not None:
+        dtype, is_partitioned = COMPUTE_DTYPE[case.precision], case.stage == 3
+        cpu = torch.device("cpu")
+        quantise(model, double_quant=case.double_quant, dtype=dtype, device=cpu, floating=is_partitioned)
     if case.lora is not None:
         torch.manual_seed(1)
         model, _ = attach(model, case.lora, train_rows=case.rows)
@@ -177,7 +183,7 @@ def reference_run(case: Case) -> Run:
 
 def weights_in(module: LossModel) -> Weights:
     """Every parameter of a module outside any engine, under the names that an engine uses."""
-    return {name.removeprefix("model."): p.detach().numpy().copy() for name, p in module.named_parameters()}
+    return {name.removeprefix("model."): whole(p).numpy().copy() for name, p in module.named_parameters()}
 
 
 def flat(weights: Weights) -> np.ndarray[Any, np.dtype[np.float64]]:

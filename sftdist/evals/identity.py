@@ -22,6 +22,7 @@ DECIDING = (
     "config.json",
     "generation_config.json",
     ADAPTER_CONFIG,
+    "base_quantization.json",  # a base in 4 bits answers otherwise
     "tokenizer*",
     "chat_template.*",
     "special_tokens_map.json",

@@ -1,10 +1,14 @@
 """Low-rank adapters through PEFT (the only import of it): what trains, token rows included, and the proven merge.
 
+A base in 4 bits has plain adapters around its layers, not PEFT's 4-bit ones: those round what they merge to 4 bits.
 LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, DoRA https://arxiv.org/abs/2402.09353.
 """
 
 from __future__ import annotations
 
+from sftdist.model import silence  # noqa: F401 - before PEFT
+
+# isort: split
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +28,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sftdist.core.errors import CheckpointError, ConfigError
+from sftdist.core.storage import read_json, write_json
 from sftdist.model.load import is_tied
+from sftdist.model.quantised import (
+    BASE_QUANTISATION,
+    is_quantised,
+    quantisation_of,
+    quantise_as,
+    whole_shape,
+)
 
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -162,7 +174,7 @@ def _refuse_partitioned_rows(model: PreTrainedModel, rows: Sequence[int]) -> Non
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 partitions have the shape [0]
+    return whole_shape(parameter)
 
 
 def _size(parameter: nn.Parameter) -> int:
@@ -344,13 +356,18 @@ def require_change(proofs: Mapping[str, LayerMerge], dtype: str) -> None:
 
 def _standalone(module: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
     """A copy of a module tree over these values, without the hooks of the live one: an engine's would look for its own
-    parameters here. A safe merge replaces a parameter's data, so the values stay as they are."""
-    twin = copy.copy(module)
-    twin.__dict__ = {
-        key: copy.copy(value) if isinstance(value, list | set | dict) else value for key, value in vars(module).items()
-    }
-    for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
-        hooks.clear()
+    parameters here. A safe merge replaces a parameter's data, so the values stay as they are. Of a 4-bit layer it is
+    a plain one over its whole weight: what is merged must not be rounded to 4 bits again."""
+    if isinstance(module, nn.Linear) and is_quantised(module.weight):
+        twin: nn.Module = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    else:
+        twin = copy.copy(module)
+        twin.__dict__ = {
+            key: copy.copy(value) if isinstance(value, list | set | dict) else value
+            for key, value in vars(module).items()
+        }
+        for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
+            hooks.clear()
     own = module._parameters.items()
     twin._parameters = {name: p if p is None else nn.Parameter(values[id(p)], requires_grad=False) for name, p in own}
     children = module._modules.items()
@@ -371,7 +388,7 @@ def _name_underneath(name: str) -> str:
 def save_adapter(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Write `adapter_config.json` in PEFT's own format; returns the adapter's tensors under the names it reads them by.
 
-    `tensors`: the trainable parameters of the live model, whole.
+    Where the base lies in 4 bits, a file beside it says how. `tensors`: the live model's trainable parameters, whole.
     """
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
@@ -380,6 +397,8 @@ def save_adapter(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) 
     # transformers sets it for what came from the Hub: the base that the adapter belongs to, not the newest one
     config.revision = config.revision or getattr(model.get_base_model().config, "_commit_hash", None)
     config.save_pretrained(str(folder))
+    if (quantisation := quantisation_of(model)) is not None:  # PEFT's own file has no place for it
+        write_json(folder / BASE_QUANTISATION, quantisation)
     state: dict[str, Tensor] = get_peft_model_state_dict(model, dict(tensors), save_embedding_layers=False)
     return state
 
@@ -391,7 +410,8 @@ def require_learned(state: Mapping[str, Tensor]) -> None:
 
 
 def load_adapter(folder: Path, dtype: torch.dtype | str = "auto") -> PeftModel:
-    """The adapter in a folder on the base that its `adapter_config.json` names, as PEFT alone loads it.
+    """The adapter in a folder on the base that its `adapter_config.json` names, as PEFT alone loads it; in 4 bits
+    where it was trained so.
 
     Raises CheckpointError for a tensor that is missing or unknown.
     """
@@ -399,6 +419,8 @@ def load_adapter(folder: Path, dtype: torch.dtype | str = "auto") -> PeftModel:
     if not config.base_model_name_or_path:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base: use export.merge=true")
     base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype)
+    if (folder / BASE_QUANTISATION).is_file():
+        quantise_as(base, read_json(folder / BASE_QUANTISATION))
     with _old_question():
         model = PeftModel.from_pretrained(base, str(folder))
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -21,6 +21,7 @@ from sftdist.model.kernels import Kernels, choose_kernels
 from sftdist.model.load import is_tied, load_model
 from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
 from sftdist.model.loss import LossModel
+from sftdist.model.quantised import quantise
 from sftdist.training.engine import Engine, gathered, partitioned_init
 from sftdist.training.optimizer import OptimizerSpec
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
@@ -67,14 +68,18 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     attention = choose(cfg.model.attention.value, world.device, dtype, config)
     kernels = choose_kernels(cfg.model.kernels.value, world.device, config, compiled=cfg.model.compile)
     # Random weights drawn into partitions would not be those of the other stages.
-    partitioned = partitioned_init(spec, world) if cfg.model.init == Init.pretrained else None
+    # Neither can 4 bits be made of parts.
+    four_bits = cfg.tune.method == Method.qlora
+    from_files = cfg.model.init == Init.pretrained
+    partitioned = partitioned_init(spec, world) if from_files and not four_bits else None
     model = load_model(
         config=config,
         path=cfg.model.path,
         revision=cfg.model.revision,
         init=cfg.model.init.value,
         seed=cfg.seed,
-        dtype=torch.float32,
+        # What trains in full starts from float32; a base that only adapters train beside is read as it computes.
+        dtype=dtype if four_bits and from_files else torch.float32,
         attention=attention.name,
         activation_checkpointing=cfg.model.activation_checkpointing,
         recompute_layers=cfg.model.recompute_layers,
@@ -83,11 +88,13 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         partitioned_init=partitioned,
     )
     untrained: tuple[int, ...] = ()
-    if cfg.model.init == Init.pretrained:
+    if from_files:
         untrained = tuple(untrained_rows(model, corpus.template.used_token_ids(), gathered))
     tied, coverage = is_tied(model), None
     module: Any = model
-    if cfg.tune.method == Method.lora:
+    if four_bits:
+        quantise(model, double_quant=cfg.tune.double_quant, dtype=dtype, device=world.device, floating=spec.stage == 3)
+    if cfg.tune.method != Method.full:
         torch.manual_seed(cfg.seed)  # the adapter starts from the same numbers on every rank and in every run
         module, coverage = attach(model, lora_spec(cfg), train_rows=untrained)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, and not between runs

@@ -38,6 +38,7 @@ from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
 from sftdist.data.loader import Batch, empty_pack
 from sftdist.model.backends.interface import Documents
 from sftdist.model.loss import LossModel, LossOutput, causal_lm
+from sftdist.model.quantised import is_quantised, whole
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
 from sftdist.training.replicated import Replicated
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec, deepspeed_config, spec_issues
@@ -195,7 +196,7 @@ class Partitioned:
 
     def frozen_value(self, parameter: nn.Parameter) -> Tensor:
         with gathered(parameter):
-            return parameter.detach().clone()
+            return whole(parameter).clone()
 
     def close(self) -> None:
         self._engine.destroy()
@@ -284,7 +285,7 @@ class Engine:
         inner = _inner(name)
         if inner in self._core.trainable():
             return self._core.value(inner)
-        return self._core.frozen_value(self.module.get_parameter(inner)).float()
+        return self._core.frozen_value(self.module.get_parameter(inner))
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -417,6 +418,8 @@ def _part(parameter: nn.Parameter) -> Tensor:
 def _round_parts(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parts that this rank holds: DeepSpeed takes a partitioned module as it is."""
     for parameter in module.parameters():
+        if is_quantised(parameter):
+            continue
         parameter.data = parameter.data.to(dtype)
         if _is_partitioned(parameter):
             part = cast(Any, parameter).ds_tensor

@@ -27,6 +27,7 @@ from sftdist.model.config import load_config
 from sftdist.model.load import load_model, weight_hashes
 from sftdist.model.lora import attach
 from sftdist.model.loss import LossModel
+from sftdist.model.quantised import is_quantised, quantise, whole
 from sftdist.training.build import engine_spec, lora_spec
 from sftdist.training.checkpoint_files import STATE, read_tensors
 from sftdist.training.export import ExportSpec
@@ -117,7 +118,7 @@ class SavedModel:
     def value(self, name: str) -> Tensor:
         if name in self._values:
             return self._values[name]
-        return self.module.model.get_parameter(name).detach().float()
+        return whole(self.module.model.get_parameter(name))
 
     def release(self) -> None:
         """Give the host memory of the weights back; only their names and shapes are used afterwards."""
@@ -153,7 +154,7 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _needs_float32(cfg: TrainConfig) -> bool:
     """Random numbers are those of the run in float32 only."""
-    return cfg.tune.method == Method.lora and cfg.model.init == Init.random
+    return cfg.tune.method != Method.full and cfg.model.init == Init.random
 
 
 def _build(cfg: TrainConfig, outline: Outline, base: Mapping[str, Any] | None, dtype: torch.dtype) -> torch.nn.Module:
@@ -161,7 +162,7 @@ def _build(cfg: TrainConfig, outline: Outline, base: Mapping[str, Any] | None, d
     read only where that holds more than parameters."""
     skeleton = _on_meta(outline.config)
     only_parameters = skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()
-    adapted = cfg.tune.method == Method.lora
+    adapted = cfg.tune.method != Method.full
     from_base = cfg.model.init == Init.pretrained and (adapted or not only_parameters)
     revision = base["revision"] if base is not None else cfg.model.revision
     model = load_model(
@@ -176,10 +177,13 @@ def _build(cfg: TrainConfig, outline: Outline, base: Mapping[str, Any] | None, d
     )
     model.generation_config = outline.generation
     built: torch.nn.Module = model
+    if cfg.tune.method == Method.qlora:
+        quantise(model, double_quant=cfg.tune.double_quant, dtype=dtype, device=_CPU)
     if adapted:
         built, _ = attach(model, lora_spec(cfg), train_rows=outline.token_rows)
     for parameter in built.parameters():  # as the engine has them in its forward
-        parameter.data = parameter.data.to(dtype)
+        if not is_quantised(parameter):
+            parameter.data = parameter.data.to(dtype)
     return built
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sftdist.core.distributed import World
+from sftdist.model.quantised import is_quantised, whole
 from sftdist.training.gradients import GradientSums
 from sftdist.training.optimizer import OptimizerSpec, decays
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
@@ -42,7 +43,8 @@ class Replicated:
         """Masters from the values as they were handed in, then the module in the compute dtype."""
         self._masters = {name: p.detach().float().clone() for name, p in self._weights.items()}
         for parameter in self._module.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if not is_quantised(parameter):  # its packed bits are no numbers
+                parameter.data = parameter.data.to(dtype)
 
     def forward(self, fields: dict[str, Any]) -> Any:
         return self._module(**fields)
@@ -118,7 +120,7 @@ class Replicated:
         return iter(self._optimizer.state.values())
 
     def frozen_value(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
+        return whole(parameter)
 
     def close(self) -> None:
         self._sums.release()

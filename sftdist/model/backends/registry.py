@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sftdist.model.backends.interface import Backend, Documents, LayerArguments, first_line
@@ -22,6 +22,24 @@ class LayerKernels(Protocol):
     def why_not(self, config: PreTrainedConfig, device: torch.device) -> str: ...
 
     def use(self, model: PreTrainedModel) -> None: ...
+
+
+class Quantisation(Protocol):
+    """Frozen weights in 4 bits."""
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str: ...
+
+    def quantise(
+        self,
+        model: nn.Module,
+        *,
+        double_quant: bool = ...,
+        dtype: torch.dtype | None = ...,
+        device: torch.device | None = ...,
+        storage: torch.dtype = ...,
+    ) -> nn.Module: ...
+
+    def dequantised(self, weight: nn.Parameter) -> Tensor: ...
 
 
 def open_backend(name: str) -> Backend | str:
@@ -39,6 +57,11 @@ def open_row_losses() -> Callable[..., Tensor] | str:
     """The fused loss kernel, a `loss.RowLosses`, or one line that says why it cannot be imported."""
     module = _open("triton_loss", package="triton")
     return module if isinstance(module, str) else cast("Callable[..., Tensor]", module.rows_into_gradients)
+
+
+def open_quantisation() -> Quantisation | str:
+    """bitsandbytes' 4-bit layers, or one line that says why they cannot be imported."""
+    return cast("Quantisation | str", _open("quant", package="bitsandbytes"))
 
 
 def _open(name: str, package: str) -> ModuleType | str:

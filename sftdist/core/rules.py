@@ -271,7 +271,7 @@ def _engine(cfg: TrainConfig) -> Iterator[str]:
         yield f"zero.stage: given {stage}, required 0, 1, 2 or 3"
     if stage == 0 and offload != Offload.none:
         yield f"zero.offload: given {offload} with zero.stage=0, which offloads nothing; set zero.stage=2"
-    if cfg.tune.method == Method.lora and cfg.tune.dora and stage == 3:
+    if cfg.tune.method != Method.full and cfg.tune.dora and stage == 3:
         yield "tune.dora=true with zero.stage=3: DoRA needs whole weights on each rank; set zero.stage=2"
     if cfg.model.compile and stage == 3:
         yield (
@@ -280,6 +280,11 @@ def _engine(cfg: TrainConfig) -> Iterator[str]:
         )
     if cfg.tune.method == Method.full and (cfg.tune.dora or cfg.tune.rslora):
         yield "tune.dora and tune.rslora are kinds of LoRA; set tune.method=lora or remove them"
+    if cfg.tune.method != Method.qlora and not cfg.tune.double_quant:
+        yield (
+            f"tune.double_quant: given false with tune.method={cfg.tune.method}, which quantises nothing; set "
+            "tune.method=qlora, or remove it"
+        )
 
 
 def _checkpoints(cfg: TrainConfig) -> Iterator[str]:

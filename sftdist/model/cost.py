@@ -240,10 +240,10 @@ def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
     share = [1.0 / setup.world if setup.stage >= needed else 1.0 for needed in (1, 2, 3)]
     trains_head = not is_lora
     linear = p.total - p.embedding * (1 if shape_of(config).tied else 2) if setup.quantised else 0
-    # 4 bits and the constants of blocks of 64, in bits per weight: one in float32, or in 8 bits with its own constants
-    four_bits = (4 + (0.127 if setup.double_quant else 0.5)) / 8
+    # Of blocks of 64, bytes per weight: one in float32, or in 8 bits with its own constants. Every rank has them all.
+    constants = (0.127 if setup.double_quant else 0.5) / 8
     parts = {
-        "weights": (linear * four_bits + (stored - linear) * compute) * share[2],
+        "weights": linear * (0.5 * share[2] + constants) + (stored - linear) * compute * share[2],
         "gradients": trainable * 4.0 * share[1],  # accumulated in float32
         "optimizer": 0.0 if setup.offload else trainable * (master + 4.0 * setup.moments) * share[0],
         "activations": _activations(config, setup, compute),

@@ -194,7 +194,8 @@ class Card:
         config, hardware = self.run.config, self.ledger.get("hardware", {})
         optimizer, tune = config["optimizer"], config["tune"]
         device = f"{hardware['ranks']} x {hardware['device']}" if hardware else _UNKNOWN
-        lora = f"adapters (LoRA), rank {tune['r']}, alpha {tune['alpha']:g}, merged into the base"
+        kind = "QLoRA: over a base in 4 bits, nf4" if tune["method"] == "qlora" else "LoRA"
+        lora = f"adapters ({kind}), rank {tune['r']}, alpha {tune['alpha']:g}, merged into the base"
         versions = ", ".join(f"{name} {version}" for name, version in self._versions().items())
         schedule = f"{optimizer['schedule']}, {optimizer['warmup_ratio']:.0%} warm-up"
         facts = {

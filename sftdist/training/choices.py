@@ -151,6 +151,8 @@ def proposals(
     """LoRA and QLoRA as they would fit, where more is trained now."""
     methods = (Method.full, Method.lora, Method.qlora)
     for method in methods[methods.index(cfg.tune.method) + 1 :]:
+        if method == Method.qlora and cost.shape_of(shape).expert_layers:
+            continue  # bitsandbytes cannot hold fused experts
         adapted = replace(cfg, tune=replace(cfg.tune, method=method))
         if (best := fastest_that_fits(adapted, shape, cluster, step, budget, offload=offload)) is not None:
             yield best

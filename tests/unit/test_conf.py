@@ -18,7 +18,7 @@ from sftdist.core.settings import InspectConfig, PlanConfig, Precision, PrepareC
 from sftdist.core.typed import ANY_NAME, options
 from tests.conftest import ROOT
 
-PRESETS = ["chat_small", "full", "llama8b", "llama8b_lora", "lora", "quickstart"]
+PRESETS = ["chat_small", "full", "llama8b", "llama8b_lora", "lora", "qlora", "quickstart"]
 OWN_DATA = ["model.path=some/model", "data.train=my.jsonl"]
 HYDRA_SPEAK = r"full_key|Config search path|DictConfig|ListConfig|object_type|[Cc]ompos|[Ii]nterpolation|LexerNoViable"
 GROUPS = [
@@ -56,7 +56,7 @@ def test_all_presets_are_known_here() -> None:
 
 @pytest.mark.parametrize("exp", PRESETS)
 def test_every_preset_composes_and_is_complete(exp: str) -> None:
-    cfg = compose(exp, OWN_DATA if exp in ("full", "lora") else [])
+    cfg = compose(exp, OWN_DATA if exp in ("full", "lora", "qlora") else [])
     assert config.check(cfg) == []
     assert cfg.exp == exp
     assert cfg.train.packs_per_step is not None
@@ -167,7 +167,8 @@ def test_hydras_advice_to_add_a_plus_never_appears() -> None:
     ("word", "parts"),
     [
         ("precision=bf61", ["precision", "'bf61'", "one of bf16, fp16, fp32", "did you mean bf16?"]),
-        ("tune.method=qlora", ["tune.method", "'qlora'", "one of full, lora"]),
+        ("tune.method=qlorra", ["tune.method", "'qlorra'", "one of full, lora, qlora", "did you mean qlora?"]),
+        ("tune.double_quant=false", ["tune.double_quant", "given false", "tune.method=qlora"]),
         ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "a number"]),
         ("optimizer.lr=nan", ["optimizer.lr", "nan", "a number"]),
         ("optimizer.lr=0", ["optimizer.lr", "above 0"]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
@@ -19,6 +20,35 @@ from sftdist.model.backends.interface import first_line
 
 TYPE = "nf4"
 LEFT = 0.1  # of what is quantised: how much of the other matrices may stay as they are
+
+
+class FrozenLinear4bit(Linear4bit):
+    """A 4-bit layer that multiplies as bitsandbytes' own one does, and keeps nothing but what autograd may let go of.
+
+    Theirs holds on to the packed weight by itself until the backward: the parts that ZeRO 3 gathers would all stay,
+    also of recomputed layers. And on some CPUs it repacks its weight at the first evaluation, to multiply in bf16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        output: Tensor = _Product.apply(x.to(self.compute_dtype), self.weight, bias, self.weight.quant_state)
+        return output.to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.state = state
+        product: Tensor = matmul_4bit(x, weight, quant_state=state, bias=bias)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ dequantize_4bit(weight, ctx.state).to(gradient.dtype), None, None, None
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
@@ -68,8 +98,8 @@ def dequantised(weight: nn.Parameter) -> Tensor:
 
 def _four_bits(
     layer: nn.Linear, double_quant: bool, dtype: torch.dtype, device: torch.device, storage: torch.dtype
-) -> Linear4bit:
-    made = Linear4bit(
+) -> FrozenLinear4bit:
+    made = FrozenLinear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -88,8 +118,6 @@ def _four_bits(
     )
     made.weight = weight.to(device)  # here it is quantised
     made.bias = layer.bias
-    # On some CPUs it would repack the weights at the first evaluation and multiply in bf16 from then on.
-    made.support_avx512bf16_for_cpu = False
     made.train(layer.training)
     return made
 

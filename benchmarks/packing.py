@@ -1,6 +1,6 @@
 """The planner: time and memory for 10 million lengths, fill on real chat data, balance of ranks, fairness of steps.
 
-    python -m benchmarks.packing [--lengths 10000000] [--window 4096] [--steps 800]
+    python -m benchmarks.packing [--lengths 10000000] [--window N] [--steps 800]
 
 Lengths are lognormal (median 400, sigma 1, capped at 8,192) in three sources that a lambda of 0.5, 0.3, 0.2 mixes;
 costs are the training FLOPs of Llama 3.1 8B. Real data: the three sources of `exp=chat_small`, every row, with an
@@ -60,7 +60,7 @@ def lognormal_tables(number: int) -> list[SourceTable]:
     return tables
 
 
-def time_of_plan(tables: list[SourceTable], cost: CostModel, window: int) -> dict[str, Any]:
+def time_of_plan(tables: list[SourceTable], cost: CostModel, window: int | None) -> dict[str, Any]:
     """The whole plan of one epoch: every conversation of every pack."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = Plan(tables, PlanSpec(PACK, packs_per_step=32, window=window, epochs=1.0), cost)
@@ -112,7 +112,14 @@ def independent_draws(
 
 
 def balance_row(
-    name: str, tables: list[SourceTable], cost: CostModel, pack: int, packs: int, ranks: int, window: int, steps: int
+    name: str,
+    tables: list[SourceTable],
+    cost: CostModel,
+    pack: int,
+    packs: int,
+    ranks: int,
+    window: int | None,
+    steps: int,
 ) -> dict[str, Any]:
     """One line of the table: balance and spreads of planned steps beside those of independent draws."""
     plan = Plan(tables, PlanSpec(pack, packs_per_step=packs, window=window, max_steps=steps), cost)
@@ -160,7 +167,7 @@ def fill_of_trl(lengths: Sequence[int], pack: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, default=10_000_000)
-    parser.add_argument("--window", type=int, default=4096)
+    parser.add_argument("--window", type=int, help="conversations planned at a time; default: the plan's own")
     parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
     cost = llama8b()
@@ -183,7 +190,7 @@ def main() -> None:
     figures["real data: fill of TRL's bfd"] = fill_of_trl(lengths, 2048)
     mixed = [replace(t, lam=lam) for t, lam in zip(real, (0.4, 0.3, 0.3), strict=True)]
     table.append(balance_row("real", mixed, cost, 2048, 4, 2, options.window, options.steps))
-    about = __doc__.split("\n\n")[2].replace("\n", " ") + f" Planning window: {options.window:,} conversations."
+    about = __doc__.split("\n\n")[2].replace("\n", " ") + f" Planning window: {options.window or 'the default'}."
     Result("packing", command("benchmarks.packing"), figures, table, about).save()
 
 

@@ -269,7 +269,7 @@ class TrainSettings:
     max_steps: int | None = None
     epochs: float | None = None
     loss_weighting: LossWeighting = LossWeighting.token
-    window: int = 4096  # conversations planned at a time
+    window: int | None = None  # conversations planned at a time; default: 4096, more where steps are small
     startup_checks: bool = True
 
 

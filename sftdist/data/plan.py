@@ -33,6 +33,7 @@ from sftdist.data.steps import (
 )
 from sftdist.data.window import Conversations, Window
 
+WINDOW = 4096  # conversations planned at a time, where the spec names no number
 SMALL_STEPS = 32  # of at most SMALL_STEP packs: so many are planned together
 SPARE = 0.03  # of a window's tokens stay behind, so that packs can be closed exactly (fill 99.9 %)
 
@@ -210,7 +211,7 @@ class Plan:
         """Draw, pack, and say what is carried over; the last item says why the draws end here, if they do."""
         source, index, cursor = state.source, state.index, state.cursor
         while True:
-            drawn, cursor = self._mixture.draw(cursor, self.spec.window)
+            drawn, cursor = self._mixture.draw(cursor, self.spec.window or WINDOW)
             source, index = np.concatenate([source, drawn.source]), np.concatenate([index, drawn.index])
             if drawn.end or self._is_enough(source, index):
                 break
@@ -235,7 +236,7 @@ class Plan:
     def _is_enough(self, source: NDArray[np.int16], index: Ints) -> bool:
         """Whether a window can be planned: small steps need many of their kind, to put costly packs beside equals."""
         slots = self.spec.packs_per_step
-        if slots is None or slots > SMALL_STEP or not self.spec.packing:
+        if self.spec.window is not None or slots is None or slots > SMALL_STEP or not self.spec.packing:
             return True
         tokens = int(self._lookup(source, index)[0].sum())
         return tokens * (1 - SPARE) >= SMALL_STEPS * slots * self.spec.pack_tokens

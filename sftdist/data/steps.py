@@ -23,15 +23,16 @@ class PlanSpec:
     """What a step is. Exactly one of `packs_per_step` and `conversations_per_step`; `max_steps`, `epochs` or both.
 
     `packing=False`: each conversation is a pack of its own. `window`: conversations planned at a
-    time. `mix_mode`: sampling | loss. `loss_weighting`: token | conversation. An epoch is as many
-    supervised tokens as the drawn sources hold.
+    time; None: 4,096, and where steps are small as many as make 32 of them. `mix_mode`: sampling |
+    loss. `loss_weighting`: token | conversation. An epoch is as many supervised tokens as the drawn
+    sources hold.
     """
 
     pack_tokens: int
     packs_per_step: int | None = None
     conversations_per_step: int | None = None
     packing: bool = True
-    window: int = 4096
+    window: int | None = None
     seed: int = 0
     mix_mode: str = "sampling"
     max_steps: int | None = None

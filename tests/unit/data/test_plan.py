@@ -208,6 +208,16 @@ def test_costly_conversations_do_not_open_the_window() -> None:
     assert abs(np.corrcoef(places, longest)[0, 1]) < 0.2
 
 
+def test_a_window_is_what_was_asked_for_and_many_small_steps_by_default() -> None:
+    def first_window(window: int | None) -> int:
+        """Its steps: all but the last leave a position inside of it."""
+        steps = islice(plan(SOURCES, window=window, epochs=90.0).steps_from(), 400)
+        return 1 + sum(step.after.window.step == 0 for step in steps)
+
+    assert first_window(64) < 32
+    assert first_window(None) >= 32
+
+
 def test_max_steps_and_epochs_whichever_comes_first() -> None:
     assert plan(SOURCES, max_steps=7, epochs=None).totals().steps == 7
     assert plan(SOURCES, max_steps=7, epochs=50).totals().steps == 7

@@ -32,7 +32,7 @@ from sftdist.model.lora import LoraSpec
 from sftdist.training import export
 from sftdist.training.export import ADAPTER, ExportSpec, export_model
 from sftdist.training.export_check import problems_of
-from sftdist.training.export_proof import verify_export
+from sftdist.training.export_proof import FreshCheck, verify_export
 from sftdist.training.optimizer import lr_at
 from sftdist.training.shards import INDEX
 from tests.models import tiny_model
@@ -370,7 +370,7 @@ def memory_of_an_export(world: World, folder: str, stage: int, lora: LoraSpec | 
     # Large blocks go back to the kernel when they are freed; else glibc keeps some for later, which is no growth.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)
     engine = make_engine(Case(stage, "fp32", "llama", SGD, changes=LARGE, lora=lora), world)
-    job = export._Job(engine, make_template(), ExportSpec("fp32", shard_bytes=8 * MIB), None, print)
+    job = export._Job(engine, make_template(), ExportSpec("fp32", shard_bytes=8 * MIB), None, print, FreshCheck())
     streamed = peak_growth(partial(job._write_shards, Path(folder)))
     assert not world.is_main or len(list(Path(folder).glob("*.safetensors"))) > 20
     honest = export._tensors

@@ -40,12 +40,13 @@ class Clock(TrainerCallback):
 
 
 class CountingTrainer(SFTTrainer):
-    """SFTTrainer that counts the tokens of every forward (packs are padding-free, so all of them are real)."""
+    """SFTTrainer that counts the real tokens of every forward (packs are padding-free, so all of theirs are)."""
 
     tokens_seen = 0
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens_seen += inputs["input_ids"].numel()
+        mask = inputs.get("attention_mask")
+        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -71,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2, help="first steps that are not timed")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument("--padded", type=int, default=0, help="so many rows a micro-batch, padded; 0: packs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
     return parser.parse_args()
@@ -86,10 +88,11 @@ def build(args: argparse.Namespace, clock: Clock, marks: TokenMarks) -> Counting
     config = SFTConfig(
         output_dir=str(args.work / "out"),
         max_length=args.pack_tokens,
-        packing=True,
+        packing=not args.padded,
         packing_strategy="bfd",
+        train_sampling_strategy="group_by_length" if args.padded else "random",
         assistant_only_loss=True,
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=args.padded or 1,
         gradient_accumulation_steps=args.packs_per_step // world,
         max_steps=args.steps,
         bf16=args.dtype == "bf16_autocast",

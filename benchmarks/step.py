@@ -103,7 +103,7 @@ class Bench:
     def share(self, name: str, number: int) -> dict[str, Any]:
         """What `benchmarks/share.py` finds."""
         processes, threads, stage = OURS[name]
-        words = ["-m", "benchmarks.share", "--run-dir", str(self.work / f"share {name} {number}")]
+        words = ["-m", "benchmarks.share", "--run-dir", f"{self.run_dir(name, number)}-share"]
         words += ["--threads", str(threads), "--steps", str(self.steps - self.warmup - 1), "--warmup", str(self.warmup)]
         words += [f"data.store_dir={self.work / 'stores'}", f"zero.stage={stage}", *self.overrides]
         return run_on_ranks(processes, words)
@@ -218,10 +218,14 @@ def main() -> int:
         for name, several in found.shares.items()
         for one in several
     ]
-    rates = [{"ranks": name, **several[-1]["gflops_by_shape"]} for name, several in found.shares.items()]
+    rates = [
+        {"ranks": name, "tokens x inputs x outputs": shape, "GFLOP/s": rate}
+        for name, several in found.shares.items()
+        for shape, rate in several[-1]["gflops_by_shape"].items()
+    ]
     more = {
         "Share of the rate of the step's own matrix products": shares,
-        "GFLOP/s of a linear layer's three products, alone, per rank (tokens x inputs x outputs)": rates,
+        "A linear layer's three products alone, per rank": rates,
         "TRL's settings, a few short steps each": found.tried,
     }
     Result("step", command("benchmarks.step"), figures, found.table, str(__doc__).split("\n")[0], more).save()

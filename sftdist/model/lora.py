@@ -35,6 +35,7 @@ from sftdist.model.quantised import (
     is_quantised,
     quantisation_of,
     quantise_as,
+    require_read_alike,
     whole_shape,
 )
 
@@ -91,6 +92,8 @@ def attach(model: PreTrainedModel, spec: LoraSpec, *, train_rows: Sequence[int] 
     """
     experts, not_reached = _experts(model, spec)
     _refuse_partitioned_rows(model, train_rows)
+    if spec.dora:
+        require_read_alike(model)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=spec.r,

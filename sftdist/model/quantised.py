@@ -15,6 +15,18 @@ from sftdist.model.backends.registry import Quantisation, open_quantisation
 BASE_QUANTISATION = "base_quantization.json"  # beside an adapter: what transformers' BitsAndBytesConfig takes
 
 
+def require_quantisation(device: torch.device, dtype: torch.dtype) -> Quantisation:
+    """bitsandbytes, seen to run there. Raises ConfigError where it is absent or does not run."""
+    opened = open_quantisation()
+    problem = opened if isinstance(opened, str) else opened.why_not(device, dtype)
+    if isinstance(opened, str) or problem:
+        raise ConfigError(
+            f"tune.method=qlora: {problem}; required is bitsandbytes: pip install 'sftdist[quant]', or set "
+            "tune.method=lora"
+        )
+    return opened
+
+
 def quantise(
     model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype, device: torch.device, floating: bool = False
 ) -> None:
@@ -23,14 +35,7 @@ def quantise(
     `floating`: under that dtype's name, as what partitions weights of one dtype needs them. Raises ConfigError where
     bitsandbytes is absent or does not run, or the model is not made of linear layers.
     """
-    opened = open_quantisation()
-    problem = opened if isinstance(opened, str) else opened.why_not(device, dtype)
-    if isinstance(opened, str) or problem:
-        raise ConfigError(
-            f"tune.method=qlora: {problem}; required is bitsandbytes: pip install 'sftdist[quant]', or set "
-            "tune.method=lora"
-        )
-    storage = dtype if floating else torch.uint8
+    opened, storage = require_quantisation(device, dtype), dtype if floating else torch.uint8
     opened.quantise(model, double_quant=double_quant, dtype=dtype, device=device, storage=storage)
 
 
@@ -70,6 +75,17 @@ def quantise_as(model: PreTrainedModel, described: Mapping[str, Any]) -> None:
         dtype=getattr(torch, described["bnb_4bit_compute_dtype"]),
         device=model.device,
     )
+
+
+def require_read_alike(model: nn.Module) -> None:
+    """For what reads 4-bit weights by itself. Raises ConfigError where bitsandbytes gives it other values."""
+    for name, parameter in model.named_parameters():
+        if is_quantised(parameter) and not _door().read_alike(parameter):
+            raise ConfigError(
+                f"tune.dora=true with tune.method=qlora: PEFT would read other values of {name} "
+                f"{list(whole_shape(parameter))} than it holds (bitsandbytes on {parameter.device} wants rows of a "
+                "multiple of 64); set tune.dora=false"
+            )
 
 
 def _state(parameter: Tensor) -> Any:

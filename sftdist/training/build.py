@@ -21,7 +21,7 @@ from sftdist.model.kernels import Kernels, choose_kernels
 from sftdist.model.load import is_tied, load_model
 from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
 from sftdist.model.loss import LossModel
-from sftdist.model.quantised import quantise
+from sftdist.model.quantised import quantise, require_quantisation
 from sftdist.training.engine import Engine, gathered, partitioned_init
 from sftdist.training.optimizer import OptimizerSpec
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
@@ -67,9 +67,11 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     dtype = COMPUTE_DTYPE[spec.precision]
     attention = choose(cfg.model.attention.value, world.device, dtype, config)
     kernels = choose_kernels(cfg.model.kernels.value, world.device, config, compiled=cfg.model.compile)
+    four_bits = cfg.tune.method == Method.qlora
+    if four_bits:
+        require_quantisation(world.device, dtype)
     # Random weights drawn into partitions would not be those of the other stages.
     # Neither can 4 bits be made of parts.
-    four_bits = cfg.tune.method == Method.qlora
     from_files = cfg.model.init == Init.pretrained
     partitioned = partitioned_init(spec, world) if from_files and not four_bits else None
     model = load_model(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sftdist.core.distributed import World
@@ -27,7 +27,7 @@ from sftdist.model.config import load_config
 from sftdist.model.load import load_model, weight_hashes
 from sftdist.model.lora import attach
 from sftdist.model.loss import LossModel
-from sftdist.model.quantised import is_quantised, quantise, whole
+from sftdist.model.quantised import is_quantised, quantise, whole, whole_shape
 from sftdist.training.build import engine_spec, lora_spec
 from sftdist.training.checkpoint_files import STATE, read_tensors
 from sftdist.training.export import ExportSpec
@@ -122,6 +122,9 @@ class SavedModel:
 
     def release(self) -> None:
         """Give the host memory of the weights back; only their names and shapes are used afterwards."""
+        for module in self.module.modules():
+            if isinstance(module, nn.Linear) and is_quantised(module.weight):  # bitsandbytes' class cannot go to meta
+                module.weight = nn.Parameter(torch.empty(whole_shape(module.weight), device="meta"))
         self.module.to("meta")
 
     @torch.no_grad()

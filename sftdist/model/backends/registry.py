@@ -41,6 +41,8 @@ class Quantisation(Protocol):
 
     def dequantised(self, weight: nn.Parameter) -> Tensor: ...
 
+    def read_alike(self, weight: nn.Parameter) -> bool: ...
+
 
 def open_backend(name: str) -> Backend | str:
     """The backend, or one line that says why it cannot be imported (absent, or built for another torch)."""

@@ -59,6 +59,8 @@ CASES = {
 FURTHER_CASES = {
     "zero1-dora": case(1, lora=LoraSpec(r=4, alpha=8.0, dora=True)),
     "zero1-lora-rows": case(1, lora=LORA, rows=(5, 6)),
+    "zero2-qlora-rows-bf16": case(2, "bf16", lora=LORA, rows=(5, 6), double_quant=True),
+    "zero3-qlora": case(3, lora=LORA, double_quant=False),
     "zero3-lora-tied-bf16": case(3, "bf16", "llama_tied", lora=LORA),
     "zero3-experts": case(3, family="mixtral"),
     "zero2-experts-lora": case(2, family="mixtral", lora=LORA),

@@ -123,7 +123,7 @@ def test_a_lora_checkpoint_offline_is_the_live_export(place: Path, monkeypatch: 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_offline_equals_live(
     place: Path, monkeypatch: pytest.MonkeyPatch, method: str, family: str, stage: int
 ) -> None:
@@ -131,7 +131,7 @@ def test_offline_equals_live(
     name = f"{method}-{family}-{stage}"
     train_to_the_end(2, words(method, family, stage, name), place, no_fault)
     assert contents(offline(place / name)) == contents(place / name / "export")
-    if method == "lora":
+    if method != "full":
         alone = offline(place / name, "export.merge=false")
         adapter = "adapter_model.safetensors"
         assert (alone / adapter).read_bytes() == (place / name / "export/adapter" / adapter).read_bytes()

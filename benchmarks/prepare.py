@@ -160,15 +160,11 @@ def measure(setting: Setting, processes: int, rounds: int) -> dict[str, Any]:
     return {"processes": processes, **rates, **ratios}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--copies", type=int, default=1, help="take the data several times over")
-    options = parser.parse_args()
+def real_setting(copies: int) -> tuple[Setting, int]:
+    """The real chat data, so many times over, and the number of rows that differ between the two sides."""
     datasets.disable_progress_bars()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core, on both sides
-    source = Source("real", path=(f"{shared_data()}/*.jsonl",) * options.copies)
+    source = Source("real", path=(f"{shared_data()}/*.jsonl",) * copies)
     rows = [row for row in conversations(source) if isinstance(row, Conversation)]
     tokenizer: PreTrainedTokenizerBase = train_tokenizer((t for row in rows for t in texts_of(row)), VOCABULARY)
     messages = [[{"role": m.role, "content": m.content} for m in row.messages] for row in rows]
@@ -177,8 +173,19 @@ def main() -> None:
     )
     differ = rows_that_differ(setting)
     gc.freeze()  # neither side should pay for walking the rows that this benchmark holds
+    return setting, differ
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=1, help="take the data several times over")
+    options = parser.parse_args()
+    setting, differ = real_setting(options.copies)
     table = [measure(setting, processes, options.rounds) for processes in options.processes]
-    figures = {"rows": len(rows), "rows that differ": differ, "rounds": options.rounds, "load before the end": load()}
+    figures: dict[str, Any] = {"rows": len(setting.table), "rows that differ": differ, "rounds": options.rounds}
+    figures["load before the end"] = load()
     about = "Rows per second from raw rows to ids and proven masks, beside datasets.map of apply_chat_template."
     Result("prepare", command("benchmarks.prepare"), figures, table, about).save()
 

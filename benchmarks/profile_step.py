@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import sys
 import tempfile
 import time
@@ -132,7 +133,7 @@ def main() -> int:
         if found:
             args.worker.write_text(json.dumps(found), encoding="utf-8")
         return 0
-    shared_data()
+    os.environ["SFTDIST_DATA"] = str(shared_data())
     trace = RESULTS / time.strftime("%Y-%m-%d-step-trace.json.gz", time.gmtime())
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "benchmarks.profile_step", "--run-dir", f"{folder}/run", "--trace", str(trace)]

@@ -1,4 +1,4 @@
-"""From `torchrun` to the end of step 1 of `exp=chat_small`, and from its last step to the checked export of 12 M weights.
+"""From `torchrun` to the end of step 1 of `exp=chat_small`, and from its last step to the checked export of its model.
 
     python -m benchmarks.start [--rounds 3]
 

@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -106,6 +107,7 @@ class Bench:
         words = ["-m", "benchmarks.share", "--run-dir", f"{self.run_dir(name, number)}-share"]
         words += ["--threads", str(threads), "--steps", str(self.steps - self.warmup - 1), "--warmup", str(self.warmup)]
         words += [f"data.store_dir={self.work / 'stores'}", f"zero.stage={stage}", *self.overrides]
+        os.environ["SFTDIST_DATA"] = str(self.data)
         return run_on_ranks(processes, words)
 
     def peer(self, setting: PeerSetting, *further: str) -> dict[str, Any]:
@@ -168,8 +170,8 @@ class Found:
         return {name: median(ratios) for name, ratios in self.ratios.items()} | shares
 
 
-def measure(bench: Bench, rounds: int, peers: list[PeerSetting]) -> Found:
-    """Everything in turn, so often."""
+def measure(bench: Bench, rounds: int, peers: list[PeerSetting], further: Sequence[str] = ()) -> Found:
+    """Everything in turn, so often. One peer is not tried first; `further`: its options."""
     found = Found({name: [] for name in BARS}, {name: [] for name in OURS}, [], [])
     best = peers[0]
     for number in range(1, rounds + 1):
@@ -186,7 +188,7 @@ def measure(bench: Bench, rounds: int, peers: list[PeerSetting]) -> Found:
                 print(found.tried[-1], flush=True)
             speeds = [entry["tokens_per_second"] for entry in found.tried]
             best = peers[speeds.index(max(speeds))]
-        entry = bench.peer(best)
+        entry = bench.peer(best, *further)
         found.table.append({"round": number, **entry})
         print(found.table[-1], flush=True)
         found.ratios["ours / TRL"].append(rates["2 ranks"] / entry["tokens_per_second"])

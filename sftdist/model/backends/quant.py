@@ -61,7 +61,7 @@ def _values(packed: Tensor, state: Any) -> Tensor:
     if state.nested:
         constants = dequantize_blockwise(constants, state.state2) + state.offset
     row: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, constants, state.blocksize, state.quant_type, [state.shape.numel()], state.dtype
+        packed, constants, state.blocksize, state.quant_type, [1, state.shape.numel()], state.dtype
     )
     return row.view(state.shape)
 

@@ -85,7 +85,7 @@ def training(run_dir: Path, overrides: list[str], threads: int) -> Iterator[Trai
         corpus = corpus_of(cfg, opened(cfg, opening))
         tokenizer = corpus.template.tokenizer
         config = model_config(cfg, len(tokenizer), special_ids(tokenizer))
-        plan = Plan(corpus.tables, plan_spec(cfg), cost_model(config, cfg.tune.method, corpus.supervised_share))
+        plan = Plan(corpus.tables, plan_spec(cfg), cost_model(config, cfg.tune, corpus.supervised_share))
         trained = build_trained(cfg, corpus, config, world)
         loader = stack.enter_context(
             Loader(plan, corpus.stores, rank=world.rank, world_size=world.size, device=world.device)

@@ -256,8 +256,8 @@ def speed(row: Bench, engine: Trainer, packs: Sequence[Batch]) -> Speed:
     found = seconds_of(step_of(engine, ready), device, row.sizes.rounds)
     lengths = [length for pack in packs for length in pack.lengths]
     targets = sum(int((pack.targets != IGNORED).sum()) for pack in packs)
-    as_lora = "full" if row.method == "full" else "lora"
-    flops = cost.train_flops(row.mapping, lengths, targets, method=as_lora)
+    rank = 0 if row.method == "full" else RANK
+    flops = cost.train_flops(row.mapping, lengths, targets, method=row.method, r=rank)
     return Speed(sum(lengths), median(found), flops, cost.train_flops(row.mapping, lengths, targets))
 
 

@@ -254,7 +254,7 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     corpus = corpus_of(cfg, opened(cfg, opening))
     tokenizer = corpus.template.tokenizer
     shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune, corpus.supervised_share))
     totals = totals_of(plan, run_dir, world)
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)

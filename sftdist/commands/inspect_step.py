@@ -58,7 +58,7 @@ def documents_of_step(
     prepared = prepare(request, say)
     corpus = corpus_of(cfg, prepared)
     model = planned_config(cfg, len(corpus.template.tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(model, cfg.tune.method, corpus.supervised_share))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(model, cfg.tune, corpus.supervised_share))
     packs = [_documents(pack) for pack in _step(plan, cfg.step or 0).packs]
     if cfg.run.dir is not None:
         _require_noted(Path(cfg.run.dir) / RECORDED, cfg.step or 0, packs, corpus)

@@ -181,7 +181,7 @@ class Assembler:
             conversations=len(ordered),
             rank_balance=float(np.mean(loads) / np.max(loads)),
             pack_fill=tokens / (len(planned.packs) * self.plan.spec.pack_tokens),
-            flops=float(costs.sum()),
+            flops=self.plan.cost.exact(float(costs.sum()), tokens, planned.targets),
             after=planned.after,
         )
 

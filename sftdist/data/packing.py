@@ -49,12 +49,20 @@ OVERDUE = 2  # a document that was left over so often is placed before all other
 class CostModel:
     """FLOPs of training on a document, forward and backward.
 
-    `dense`: FLOPs per token. `attention`: (FLOPs per query-key pair, window or None) per kind of
-    layer, summed over the layers of that kind. Pairs are causal: n (n + 1) / 2 without a window.
+    `tokens`: FLOPs per token, `head`: per supervised one, of which there is a share of `supervised` in the mean.
+    `attention`: (FLOPs per query-key pair, window or None) per kind of layer, summed over the layers of that kind.
+    Pairs are causal: n (n + 1) / 2 without a window.
     """
 
-    dense: float
+    tokens: float
     attention: tuple[tuple[float, int | None], ...] = ()
+    head: float = 0.0
+    supervised: float = 0.0
+
+    @property
+    def dense(self) -> float:
+        """FLOPs per token, the head's at the mean share included."""
+        return self.tokens + self.supervised * self.head
 
     def attention_of(self, lengths: NDArray[np.integer]) -> Floats:
         """Attention FLOPs per document, float64, same shape as `lengths`."""
@@ -68,6 +76,10 @@ class CostModel:
     def of(self, lengths: NDArray[np.integer]) -> Floats:
         """FLOPs per document, float64, same shape as `lengths`."""
         return self.dense * np.asarray(lengths, np.float64) + self.attention_of(lengths)
+
+    def exact(self, planned: float, tokens: int, supervised: float) -> float:
+        """FLOPs of documents that were planned to take `planned`, now that their supervised tokens are counted."""
+        return planned + self.head * (supervised - self.supervised * tokens)
 
 
 class _Grid:

@@ -17,7 +17,7 @@ from sftdist.data.store import TokenStore
 
 ASSUMED_PACKS = 8  # a step, where no size of a step is given: fill and shares hardly depend on it
 # Packs are balanced by their attention work. Whatever its size, a model without sliding windows gives this plan.
-FULL_ATTENTION = CostModel(dense=0.0, attention=((1.0, None),))
+FULL_ATTENTION = CostModel(0.0, attention=((1.0, None),))
 
 
 def length_figures(stores: Mapping[str, TokenStore], max_len: int, overlong: str) -> dict[str, Any]:

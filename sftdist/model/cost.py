@@ -178,30 +178,71 @@ def visible_pairs(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def train_factors(method: str = "full", recompute: bool = False) -> tuple[float, float]:
-    """How often the forward FLOPs of (matrix products, attention) are spent in a training step.
+def train_factors(method: str = "full") -> tuple[float, float]:
+    """How often the forward FLOPs of (matrix products with the model's weights, attention) are spent in training.
 
-    The backward pass makes two products for each of the forward's, one with frozen weights. `recompute` counts
-    the second forward of activation checkpointing: the hardware does it, a model FLOPs utilisation leaves it out.
+    The backward pass makes two products for each of the forward's, one where the weight is frozen.
     """
-    again = 1.0 if recompute else 0.0
-    return (3.0 if method == "full" else 2.0) + again, 3.0 + again
+    return (3.0 if method == "full" else 2.0), 3.0
+
+
+def token_flops(config: Mapping[str, Any], method: str = "full", r: int = 0) -> float:
+    """FLOPs of forward and backward per token in all layers' matrix products, adapters of rank r on them included.
+
+    Adapters are trained, so their products count three times. Under the first layer nothing is trained beside frozen
+    embeddings: its q, k and v need no gradient of their input.
+    """
+    counts, shape = parameters(config), shape_of(config)
+    dense = train_factors(method)[0] * dense_flops(config)
+    if method == "full":
+        return dense
+    inputs = 2.0 * shape.hidden * ((shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * r)
+    return dense + 6.0 * r * _active_io(shape, counts) - inputs
+
+
+def _active_io(shape: Shape, counts: Parameters) -> float:
+    """`linear_io` of what one token passes through: of the experts, only those that it is sent to."""
+    expert = 3 * (shape.hidden + shape.expert_intermediate) - shape.hidden  # gate and up are one matrix
+    return counts.linear_io - shape.expert_layers * (shape.experts - shape.experts_per_token) * expert
 
 
 def train_flops(
-    config: Mapping[str, Any],
-    lengths: Iterable[int],
-    supervised: int,
-    *,
-    method: str = "full",
-    recompute: bool = False,
+    config: Mapping[str, Any], lengths: Iterable[int], supervised: int, *, method: str = "full", r: int = 0
 ) -> float:
-    """FLOPs of forward and backward over documents of these lengths with this many supervised positions in all."""
+    """FLOPs of forward and backward over documents of these lengths with this many supervised positions in all.
+
+    The model's own: what is computed twice to save memory is left out (`recomputed_flops`), and so is padding, of which
+    there is none. `r`: rank of the adapters of LoRA and QLoRA. Left out as well: with adapters on fused experts, PEFT
+    computes the gradient of the whole expert on its way to theirs.
+    """
     lengths = list(lengths)
-    dense, attention = train_factors(method, recompute)
-    head = train_factors(method)[0]  # never recomputed: its gradients are made together with the loss
+    dense, attention = train_factors(method)
     pairs = sum(flops * sum(visible_pairs(n, window) for n in lengths) for flops, window in attention_terms(config))
-    return dense * dense_flops(config) * sum(lengths) + attention * pairs + head * head_flops(config) * supervised
+    head = dense * head_flops(config) * supervised
+    return token_flops(config, method, r) * sum(lengths) + attention * pairs + head
+
+
+def recomputed_flops(
+    config: Mapping[str, Any], lengths: Iterable[int], layers: int, *, method: str = "full", r: int = 0
+) -> float:
+    """FLOPs that recomputing the first `layers` layers adds: their forward once more, as far as torch goes on with it.
+
+    It stops at the last tensor that the backward pass needs: before the last product of a layer, `down_proj` or its
+    adapter, unless a norm or an expert's weight follows. Recomputation also makes the first layer's input require a
+    gradient, which LoRA without it saves.
+    """
+    lengths, shape, counts = list(lengths), shape_of(config), parameters(config)
+    if not layers:
+        return 0.0
+    per_pair = 4.0 * shape.heads * shape.head_dim
+    pairs = sum(per_pair * visible_pairs(n, window) for n in lengths for window in shape.windows[:layers])
+    adapter = 0 if method == "full" else r
+    forward = (dense_flops(config) + 2.0 * adapter * _active_io(shape, counts)) * layers / shape.layers
+    if not shape.expert_layers and shape.model_type not in _FOUR_NORMS:
+        forward -= 2.0 * layers * (adapter or shape.intermediate) * shape.hidden
+    if method != "full":
+        forward += 2.0 * shape.hidden * ((shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * r)
+    return forward * sum(lengths) + pairs
 
 
 # Memory -----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def planned(cfg: TrainConfig, ready: Callable[[], Prepared]) -> tuple[Corpus, Pl
         return str(error)
     corpus = corpus_of(cfg, prepared)
     exact = planned_config(cfg, len(corpus.template.tokenizer))
-    return corpus, Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune.method, corpus.supervised_share))
+    return corpus, Plan(corpus.tables, plan_spec(cfg), cost_model(exact, cfg.tune, corpus.supervised_share))
 
 
 def ranks(cfg: TrainConfig) -> int:

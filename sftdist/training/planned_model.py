@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from sftdist.core.settings import Method, TrainConfig
+from sftdist.core.settings import Method, TrainConfig, TuneSettings
 from sftdist.data.packing import CostModel
 from sftdist.model import cost
 from sftdist.model.config import load_config
@@ -17,10 +17,11 @@ def planned_config(cfg: TrainConfig, tokens: int) -> PreTrainedConfig:
     return load_config(None, None, {**cfg.model.shape, "vocab_size": max(cfg.model.shape.get("vocab_size", 0), tokens)})
 
 
-def cost_model(config: PreTrainedConfig, method: Method, supervised_share: float) -> CostModel:
-    """FLOPs of training on a document: the head counts at the supervised positions only."""
-    mapping = config.to_dict()
-    dense, attention = cost.train_factors(method.value)
-    per_token = dense * (cost.dense_flops(mapping) + supervised_share * cost.head_flops(mapping))
+def cost_model(config: PreTrainedConfig, tune: TuneSettings, supervised_share: float) -> CostModel:
+    """FLOPs of training on a document: the head counts at the supervised positions only, of which plans know the share
+    and steps the number."""
+    mapping, method = config.to_dict(), tune.method.value
+    dense, attention = cost.train_factors(method)
+    tokens = cost.token_flops(mapping, method, 0 if tune.method == Method.full else tune.r)
     terms = tuple((attention * flops, window) for flops, window in cost.attention_terms(mapping))
-    return CostModel(dense=per_token, attention=terms)
+    return CostModel(tokens, terms, head=dense * cost.head_flops(mapping), supervised=supervised_share)

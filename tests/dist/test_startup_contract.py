@@ -87,7 +87,7 @@ def built(world: World, cfg: TrainConfig) -> Parts:
     corpus = corpus_of(cfg, ready_data(cfg))
     tokenizer = corpus.template.tokenizer
     shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune.method, corpus.supervised_share))
+    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune, corpus.supervised_share))
     run_dir = Path(str(cfg.run.dir))
     run_dir.mkdir(exist_ok=True)
     return Parts(cfg, corpus, plan, build_trained(cfg, corpus, shape, world), run_dir)

@@ -16,7 +16,7 @@ from sftdist.data.steps import PlanSpec
 LAMBDAS = np.array([0.6, 0.3, 0.1])
 SIZES = (9_000, 20_000, 6_000)
 CAPACITY, PACKS, WINDOW = 2048, 4, 4096
-COST = CostModel(dense=1e6, attention=((100.0, None),))
+COST = CostModel(1e6, attention=((100.0, None),))
 
 
 def sources() -> list[SourceTable]:

@@ -12,7 +12,7 @@ from sftdist.data.packing import CostModel
 from sftdist.data.plan import Plan
 from sftdist.data.steps import PlanSpec, StepPlan
 
-COST = CostModel(dense=1000.0, attention=((1.0, None),))
+COST = CostModel(1000.0, attention=((1.0, None),))
 SPEC = PlanSpec(pack_tokens=64, packs_per_step=4, window=128, seed=3, epochs=1.0)
 
 

@@ -6,12 +6,16 @@ import json
 import threading
 import time
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from sftdist.core.errors import DataError
+from sftdist.core.settings import Method, TuneSettings
 from sftdist.data.loader import (
     IGNORED,
     Document,
@@ -22,7 +26,10 @@ from sftdist.data.loader import (
     supervised_weight,
 )
 from sftdist.data.plan import Plan
-from tests.unit.data.planning import MemoryStore, plan, table
+from sftdist.model.cost import train_flops
+from sftdist.training.planned_model import cost_model
+from tests.models import shape
+from tests.unit.data.planning import SPEC, MemoryStore, plan, table
 
 SOURCES = [table("a", 200, 0.6), table("b", 150, 0.4, seed=1)]
 STORES = [MemoryStore(source) for source in SOURCES]
@@ -98,6 +105,19 @@ def test_figures_of_a_step() -> None:
     assert set(step.shares) == {"a", "b"}
     assert step.targets == step.denominator
     assert all(row.split("/")[0] in ("a", "b") for row in step.row_ids)
+
+
+@pytest.mark.parametrize("tune", [TuneSettings(), TuneSettings(method=Method.lora, r=4)], ids=["full", "lora"])
+def test_flops_are_those_of_the_documents_and_targets_of_the_step(tune: TuneSettings) -> None:
+    """Also where the planned share of supervised tokens is far off."""
+    config = AutoConfig.for_model(**shape("llama"))
+    planned = Plan(SOURCES, SPEC, cost_model(config, tune, supervised_share=0.9))
+    how: dict[str, Any] = {"method": tune.method.value, "r": 0 if tune.method == Method.full else tune.r}
+    with Loader(planned, STORES) as loader:
+        for step in islice(loader, 5):
+            lengths = [length for batch in step.micro for length in batch.lengths]
+            supervised = sum(int(supervised_weight(batch)) for batch in step.micro)
+            assert step.flops == pytest.approx(train_flops(config.to_dict(), lengths, supervised, **how))
 
 
 def test_token_weights_of_the_store_are_kept() -> None:

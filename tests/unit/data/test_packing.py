@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sftdist.data import packing
 from sftdist.data.packing import CostModel, deal, pack_grid
 
-LLAMA_8B = CostModel(dense=48e9, attention=((2 * 786432.0, None),))
-QWEN_05B = CostModel(dense=3e9, attention=((258048.0, None),))
+LLAMA_8B = CostModel(48e9, attention=((2 * 786432.0, None),))
+QWEN_05B = CostModel(3e9, attention=((258048.0, None),))
 
 
 def lognormal(number: int, seed: int = 0, cap: int = 8192) -> np.ndarray:
@@ -20,7 +20,7 @@ def lognormal(number: int, seed: int = 0, cap: int = 8192) -> np.ndarray:
 
 
 def test_cost_counts_causal_pairs_and_windows() -> None:
-    cost = CostModel(dense=10.0, attention=((1.0, None), (2.0, 3)))
+    cost = CostModel(10.0, attention=((1.0, None), (2.0, 3)))
     # 5 tokens see 1 2 3 4 5 keys, with a window of 3: 1 2 3 3 3
     assert cost.of(np.array([5])).tolist() == [50 + 15 + 2 * 12]
     assert cost.of(np.array([2])).tolist() == [20 + 3 + 2 * 3]

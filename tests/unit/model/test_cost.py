@@ -21,7 +21,6 @@ from sftdist.model.cost import (
     parameters,
     shape_of,
     total,
-    train_factors,
     train_flops,
     visible_pairs,
 )
@@ -82,9 +81,8 @@ def test_flops_equal_torchs_counter(family: str, training: bool) -> None:
 
 def test_frozen_weights_save_one_of_three_products() -> None:
     full, lora = (train_flops(LLAMA_8B, [1000], 500, method=method) for method in ("full", "lora"))
-    assert train_factors("full") == (3.0, 3.0)
-    assert train_factors("lora", recompute=True) == (3.0, 4.0)
     assert 0.66 < lora / full < 0.68
+    assert 1.003 < train_flops(LLAMA_8B, [1000], 500, method="lora", r=16) / lora < 1.012
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 50])

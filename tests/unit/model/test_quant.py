@@ -100,6 +100,7 @@ def test_the_linear_layers_lie_in_4_bits_and_nothing_else_does() -> None:
         assert whole(bits).shape == value.shape
         error = float((whole(bits) - value.detach()).norm() / value.detach().norm())
         assert (0.08 < error < 0.11) if is_quantised(bits) else torch.equal(bits, value), (name, error)
+        assert not is_quantised(bits) or torch.equal(whole(bits), whole(bits).bfloat16().float()), "the compute dtype"
     assert model.model.layers[0].self_attn.q_proj.bias is not None
     assert not model.training
 
@@ -263,6 +264,13 @@ def test_what_is_quantised_belongs_to_the_identity_of_a_run() -> None:
     words = ["model.path=m", "data.train=d.jsonl"]
     configs = [compose("qlora", [*words, *more]) for more in ([], ["tune.double_quant=false"], ["tune.method=lora"])]
     assert len({config_hash(cfg) for cfg in configs}) == 3
+
+
+def test_dora_needs_whole_weights_at_zero_3() -> None:
+    words = ["model.path=m", "data.train=d.jsonl", "tune.dora=true"]
+    assert compose("qlora", [*words, "zero.stage=2"]).tune.dora
+    with pytest.raises(ConfigError, match=r"tune\.dora=true with zero\.stage=3: .* set zero\.stage=2"):
+        compose("qlora", [*words, "zero.stage=3"])
 
 
 @pytest.mark.long

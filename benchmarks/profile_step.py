@@ -45,6 +45,8 @@ OPERATORS = {
     "Python and hooks": (STEP,),
 }
 REST = "elementwise and small"
+# What work of ours could save at most: none of it is arithmetic of the model.
+OVERHEAD = ("optimizer", "collectives, waited for", "copies and casts", "Python and hooks")
 
 
 def kind_of(event: Any) -> str:
@@ -140,6 +142,9 @@ def main() -> int:
         words += ["--plain", str(args.plain), f"data.store_dir={folder}/stores", *args.overrides]
         found = run_on_ranks(args.ranks, words)
     figures = {key: found[key] for key in ("step_seconds", "profiled_seconds", "tokens")}
+    figures["share_that_is_not_the_models_arithmetic"] = sum(
+        one["share"] for one in found["kinds"] if one["work"] in OVERHEAD
+    )
     figures |= {"trace": trace.name, "trace_bytes": trace.stat().st_size}
     more = {"By operator, own time": found["operators"]}
     about = str(__doc__).split("\n")[0]

@@ -247,6 +247,8 @@ def recomputed_flops(
 
 # Memory -----------------------------------------------------------------------------------------------------------
 
+PASSING = ("activations", "logits", "gathering")  # parts that are there during a micro-batch only
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -355,4 +357,7 @@ def _steps(config: Mapping[str, Any], setup: Setup, max_len: int, lora_r: int) -
         steps.append(("zero.offload=optimizer", {"offload": True}))
     if setup.trainable is None:
         steps.append(("tune.method=lora", {"trainable": lora_parameters(config, lora_r)}))
+    if not setup.quantised and not shape_of(config).expert_layers:  # bitsandbytes knows no fused experts
+        adapters = setup.trainable or lora_parameters(config, lora_r)
+        steps.append(("tune.method=qlora", {"trainable": adapters, "quantised": True}))
     return steps

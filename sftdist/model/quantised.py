@@ -15,16 +15,20 @@ from sftdist.model.backends.registry import Quantisation, open_quantisation
 BASE_QUANTISATION = "base_quantization.json"  # beside an adapter: what transformers' BitsAndBytesConfig takes
 
 
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """A line that says why no weight can lie in 4 bits there; '' where it can."""
+    opened = open_quantisation()
+    return opened if isinstance(opened, str) else opened.why_not(device, dtype)
+
+
 def require_quantisation(device: torch.device, dtype: torch.dtype) -> Quantisation:
     """bitsandbytes, seen to run there. Raises ConfigError where it is absent or does not run."""
-    opened = open_quantisation()
-    problem = opened if isinstance(opened, str) else opened.why_not(device, dtype)
-    if isinstance(opened, str) or problem:
+    if problem := why_not(device, dtype):
         raise ConfigError(
             f"tune.method=qlora: {problem}; required is bitsandbytes: pip install 'sftdist[quant]', or set "
             "tune.method=lora"
         )
-    return opened
+    return _door()
 
 
 def quantise(
@@ -94,5 +98,5 @@ def _state(parameter: Tensor) -> Any:
 
 def _door() -> Quantisation:
     opened = open_quantisation()
-    assert not isinstance(opened, str)  # it has made the weight
+    assert not isinstance(opened, str)  # it was opened before, or has made the weight
     return opened

@@ -1,4 +1,4 @@
-"""Which attention and kernels training would choose, and what is the matter with flash-attn."""
+"""Which attention and kernels training would choose, whether QLoRA runs, and what is the matter with flash-attn."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _MEANINGS = (
 @dataclass(frozen=True)
 class Attention:
     """`chosen` by training's own function for a Llama in bfloat16; `rejected`: why no faster one; `error`: why the
-    choice could not be asked for. `kernels`: of the layers and of the loss, and why no faster ones."""
+    choice could not be asked for. `kernels`: of the layers and of the loss, and why no faster ones. `no_qlora`: why no
+    base can lie in 4 bits, "" where it can."""
 
     chosen: str = ""
     rejected: tuple[str, ...] = ()
     error: str = ""
     kernels: tuple[str, str] = ("torch", "torch")
     kernels_rejected: tuple[str, ...] = ()
+    no_qlora: str = "bitsandbytes is not installed"
 
     @classmethod
     def of(cls, probe: Probe) -> Attention:
@@ -40,7 +42,10 @@ class Attention:
             return cls(error=probe.error)
         layers, loss = probe.facts["kernels"]
         rejected, slower = (tuple(probe.facts[name]) for name in ("rejected", "kernels_rejected"))
-        return cls(probe.facts["attention"], rejected, kernels=(layers, loss), kernels_rejected=slower)
+        no_qlora = probe.facts["qlora"]
+        return cls(
+            probe.facts["attention"], rejected, kernels=(layers, loss), kernels_rejected=slower, no_qlora=no_qlora
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def findings(chosen: Attention, flash: Flash, torch: Torch) -> Iterator[Finding]
     yield _flash(flash, torch, chosen)
     if not chosen.error:
         yield _kernels(chosen, torch)
+        yield _qlora(chosen)
 
 
 def _choice(chosen: Attention, torch: Torch) -> Finding:
@@ -92,6 +98,13 @@ def _kernels(chosen: Attention, torch: Torch) -> Finding:
     why = "; ".join(chosen.kernels_rejected)
     advice = "pip install 'sftdist[liger]' for fused layers, or model.compile=true" if layers == "torch" else ""
     return ok("kernels", f"{text}: {why}", advice)
+
+
+def _qlora(chosen: Attention) -> Finding:
+    if not chosen.no_qlora:
+        return ok("qlora", "tune.method=qlora would run: bitsandbytes was seen to")
+    advice = "pip install 'sftdist[quant]' for tune.method=qlora; nothing else needs it"
+    return ok("qlora", f"tune.method=qlora would be refused: {chosen.no_qlora}", advice)
 
 
 def _flash(flash: Flash, torch: Torch, chosen: Attention) -> Finding:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from sftdist.commands.doctor_checks.probe import FACTS
 from sftdist.model.attention import choose
 from sftdist.model.kernels import choose_kernels
+from sftdist.model.quantised import why_not
 
 
 def main() -> int:
@@ -31,6 +32,7 @@ def facts() -> dict[str, Any]:
         "rejected": list(choice.rejected),
         "kernels": [kernels.layers, kernels.loss],
         "kernels_rejected": list(kernels.rejected),
+        "qlora": why_not(device, torch.bfloat16),
         "hub_cache": constants.HF_HUB_CACHE,
         "offline": bool(constants.HF_HUB_OFFLINE),
     }

@@ -118,7 +118,7 @@ def eight_h100() -> Facts:
         base,
         torch=replace(base.torch, gpus=(gpu,) * 8),
         driver=Driver((Card(gpu["name"], 81559, 4, "9.0"),) * 8, "580.95.05", "13.0", topology(8)),
-        attention=Attention("flash_attn", kernels=("liger", "triton")),
+        attention=Attention("flash_attn", kernels=("liger", "triton"), no_qlora=""),
         flash=replace(base.flash, error=""),
         network=Network(
             "gpu017",

@@ -73,19 +73,8 @@ def test_a_problem_is_seen_in_the_verdict_and_in_the_numbers() -> None:
 def test_names_are_unique_and_stay_the_same() -> None:
     names = [finding.name for finding in findings(eight_h100())]
     assert names == [
-        *(
-            "python",
-            "packages",
-            "torch",
-            "gpus",
-            "links",
-            "attention",
-            "flash-attn",
-            "kernels",
-            "qlora",
-            "program",
-            "compiler",
-        ),
+        *("python", "packages", "torch", "gpus", "links", "attention", "flash-attn", "kernels", "qlora"),
+        *("program", "compiler"),
         *("host-name", "collective", "runs-folder", "stores-folder", "hub-cache", "shared-memory", "host", "limits"),
         *("clock", "variables", "slurm", "hub"),
     ]

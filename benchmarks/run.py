@@ -28,7 +28,7 @@ from benchmarks import balance, checkpoint, packing, prepare, start, step
 from benchmarks.guard import Verdict, compare, last_committed, table
 from benchmarks.machine import ROOT, Result, command, load, machine, shared_data
 
-PEER = "2:bf16_autocast"  # TRL's fastest setting in results/*-step.json
+PEER = "2:bf16_weights:padded"  # TRL's fastest setting in results/*-step.json
 CONVERSATIONS, PEER_CONVERSATIONS = 1_000_000, 50_000
 
 Ratios = dict[str, float]

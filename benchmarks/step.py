@@ -61,8 +61,8 @@ class PeerSetting:
         return f"TRL {self.dtype}, {self.layout}, {self.processes} processes"
 
 
-PEERS = "2:bf16_weights,2:bf16_autocast,2:fp32,1:bf16_weights,1:bf16_autocast,1:fp32,2:bf16_weights:padded"
-PEERS += ",2:bf16_autocast:padded"
+PEERS = "2:bf16_weights,2:bf16_autocast,2:fp32,1:bf16_weights"
+PEERS += ",2:bf16_weights:padded,2:bf16_autocast:padded,2:fp32:padded,1:bf16_weights:padded"
 
 
 def torchrun(processes: int) -> list[str]:

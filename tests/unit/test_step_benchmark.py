@@ -88,5 +88,7 @@ def test_the_end_of_a_run_is_read_from_its_files(tmp_path: Path) -> None:
 def test_every_setting_of_the_peer_is_another_one() -> None:
     settings = [PeerSetting.of(word) for word in PEERS.split(",")]
     assert len(set(settings)) == len(settings) == len({str(setting) for setting in settings})
-    assert {(one.processes, one.layout) for one in settings} == {(1, "packed"), (2, "packed"), (2, "padded")}
+    assert {(one.processes, one.layout) for one in settings} == {
+        (p, layout) for p in (1, 2) for layout in ("packed", "padded")
+    }
     assert {one.dtype for one in settings} == {"bf16_weights", "bf16_autocast", "fp32"}

@@ -230,8 +230,24 @@ def main() -> int:
         "A linear layer's three products alone, per rank": rates,
         "TRL's settings, a few short steps each": found.tried,
     }
-    Result("step", command("benchmarks.step"), figures, found.table, str(__doc__).split("\n")[0], more).save()
-    return 0 if all(medians[name] >= bar for name, bar in BARS.items()) else 1
+    notes = [
+        *NOTES,
+        *(f"MISSED: {name} is {medians[name]:.2f}, the aim {bar}." for name, bar in missed(medians).items()),
+    ]
+    Result("step", command("benchmarks.step"), figures, found.table, str(__doc__).split("\n")[0], more, notes).save()
+    return 1 if missed(medians) else 0
+
+
+def missed(medians: dict[str, float]) -> dict[str, float]:
+    """The aims that were not reached, by name."""
+    return {name: bar for name, bar in BARS.items() if not medians[name] >= bar}
+
+
+NOTES = [
+    "TRL on a CPU is fastest with padded batches of like lengths: its packs of 2,048 tokens go through a dense mask, "
+    "whose cost is quadratic in the pack. The products alone run on the same tensors again and again, out of the "
+    "caches: no step reaches their rate. What else a step does is in results/*-profile_step.md.",
+]
 
 
 if __name__ == "__main__":

@@ -47,12 +47,12 @@ def is_quantised(parameter: Tensor) -> bool:
     return _state(parameter) is not None
 
 
-def whole(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """The float32 value of a parameter, [out, in] of a 4-bit one: what the forward computes with."""
     return _door().dequantised(parameter).float() if is_quantised(parameter) else parameter.detach().float()
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """Also where a parameter lies in 4 bits, or where ZeRO 3 has left an empty tensor in its place."""
     state = _state(parameter)
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape)

@@ -106,7 +106,7 @@ def quantise(
     return model
 
 
-def dequantised(weight: nn.Parameter) -> Tensor:
+def dequantised(weight: Tensor) -> Tensor:
     """[out, in] of a 4-bit weight, in the compute dtype: the very values that its layer multiplies with."""
     return _values(weight.detach(), cast(Any, weight).quant_state)
 

@@ -244,9 +244,9 @@ def missed(medians: dict[str, float]) -> dict[str, float]:
 
 
 NOTES = [
-    "TRL on a CPU is fastest with padded batches of like lengths: its packs of 2,048 tokens go through a dense mask, "
-    "whose cost is quadratic in the pack. The products alone run on the same tensors again and again, out of the "
-    "caches: no step reaches their rate. What else a step does is in results/*-profile_step.md.",
+    "TRL's packs of 2,048 tokens go through a dense mask on a CPU, whose cost is quadratic in the pack: that is why "
+    "padded batches of like lengths are tried beside them. The products alone run on the same tensors again and again, "
+    "out of the caches: no step reaches their rate. What else a step does is in results/*-profile_step.md.",
 ]
 
 

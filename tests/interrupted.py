@@ -38,7 +38,7 @@ class Case:
         return f"zero{self.stage}-{self.method}-{self.mode}"
 
     def overrides(self, run_dir: str) -> list[str]:
-        more = [f"tune.dropout={self.dropout}"] if self.method == "lora" else []
+        more = [f"tune.dropout={self.dropout}"] if self.method != "full" else []
         if self.stage == 3:  # else DeepSpeed keeps every parameter of a model this small whole
             more.append("+zero.deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
         return [

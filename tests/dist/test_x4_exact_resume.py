@@ -48,6 +48,7 @@ REST = [
     for stage, method, mode in product(range(4), ("full", "lora"), ("sampling", "loss"))
     if (case := Case(stage, method, mode)).name not in [covered.name for covered in COVER]
 ]
+REST.append(Case(2, "qlora", "loss", ("", "kill", ""), more=UNCHECKED))
 
 
 @pytest.fixture(scope="module")

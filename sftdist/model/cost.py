@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sftdist.model.buckets import reduce_bucket
+
 GIB = 2**30
 
 _QK_NORM = {"qwen3", "qwen3_moe", "gemma3_text"}
@@ -248,6 +250,10 @@ def recomputed_flops(
 # Memory -----------------------------------------------------------------------------------------------------------
 
 PASSING = ("activations", "logits", "gathering")  # parts that are there during a micro-batch only
+# What the process takes before any model: CUDA's context and its libraries, or an interpreter with torch on the host.
+CONTEXT = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
+FRAGMENTS = 0.1  # of all parts: what an allocator cannot use
+HOST_BLOCK = 2**20  # logits that are float32 at a time on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,34 +272,42 @@ class Setup:
     recompute_layers: int | None = None  # with checkpointing: of how many layers; None: of all
     quantised: bool = False  # the frozen linear layers lie in 4 bits
     double_quant: bool = True  # and so do most of their constants
+    bucket: int | None = None  # elements of a message; None: as the engine chooses
+    device: str = "cuda"
+    fused_loss: bool = False  # logits in the compute dtype only
 
 
 def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
-    """Bytes per GPU by part: weights, gradients, optimizer, activations, logits, gathering.
+    """Bytes per GPU (or rank on a CPU) by part, at the peak of a step on a full pack.
 
-    ZeRO shares the optimizer from stage 1 on, gradients from 2, weights from 3. Estimates leave out the
-    device's context and the allocator's fragments (allow 1.5 GiB and 10 %).
+    ZeRO shares masters and optimizer from stage 1 on, gradients from 2, weights from 3. Gradients add up in float32;
+    at stage 1 DeepSpeed also keeps those of the last micro-batch in the compute dtype. It has a float32 copy of the
+    weights even where they are float32 themselves, and two buckets for messages, one at stage 3.
     """
     p = parameters(config)
     trainable = p.total if setup.trainable is None else setup.trainable
     is_lora = setup.trainable is not None
     stored = p.total + (trainable if is_lora else 0)
-    compute = 4 if setup.precision == "fp32" else 2
-    master = 0 if setup.precision == "fp32" else 4
+    plain = setup.precision == "fp32"
+    compute = 4 if plain else 2
     share = [1.0 / setup.world if setup.stage >= needed else 1.0 for needed in (1, 2, 3)]
-    trains_head = not is_lora
     linear = p.total - p.embedding * (1 if shape_of(config).tied else 2) if setup.quantised else 0
     # Of blocks of 64, bytes per weight: one in float32, or in 8 bits with its own constants. Every rank has them all.
     constants = (0.127 if setup.double_quant else 0.5) / 8
-    parts = {
+    last = compute if setup.stage == 1 and not plain else 0
+    states = 0.0 if setup.offload else trainable * share[0]
+    bucket = reduce_bucket(trainable) if setup.bucket is None else setup.bucket
+    return {
         "weights": linear * (0.5 * share[2] + constants) + (stored - linear) * compute * share[2],
-        "gradients": trainable * 4.0 * share[1],  # accumulated in float32
-        "optimizer": 0.0 if setup.offload else trainable * (master + 4.0 * setup.moments) * share[0],
+        "gradients": trainable * (4.0 + last) * share[1],
+        "masters": 0.0 if plain and setup.stage == 0 else 4.0 * states,
+        "optimizer": 4.0 * setup.moments * states,
+        "buckets": 4.0 * bucket * (0, 2, 2, 1)[setup.stage],
         "activations": _activations(config, setup, compute),
-        "logits": _logits(config, setup, compute, trains_head),
+        "logits": _logits(config, setup, compute, trains_head=not is_lora),
         "gathering": float(compute * (2 * p.layer + p.head)) if setup.stage == 3 else 0.0,
+        "context": CONTEXT[setup.device],
     }
-    return parts
 
 
 def _activations(config: Mapping[str, Any], setup: Setup, compute: int) -> float:
@@ -310,16 +324,22 @@ def _activations(config: Mapping[str, Any], setup: Setup, compute: int) -> float
     return float(per_token * setup.pack_tokens * whole + compute * s.hidden * setup.pack_tokens * again)
 
 
-def _logits(config: Mapping[str, Any], setup: Setup, compute: int, trains_head: bool) -> float:
+def _logits(config: Mapping[str, Any], setup: Setup, compute: int, *, trains_head: bool) -> float:
+    """Of one chunk: in the compute dtype, three times in float32 where no kernel is fused, and the head's gradient."""
     s = shape_of(config)
-    rows = min(setup.loss_chunk, setup.pack_tokens)
-    head_gradient = 4.0 * s.vocabulary * s.hidden if trains_head else 0.0
-    return rows * s.vocabulary * (2 * compute + 8.0) + head_gradient
+    logits = min(setup.loss_chunk, setup.pack_tokens) * s.vocabulary
+    block = 0 if setup.fused_loss else logits if setup.device == "cuda" else min(logits, HOST_BLOCK)
+    return compute * logits + 12.0 * block + (4.0 * s.vocabulary * s.hidden if trains_head else 0.0)
 
 
 def total(parts: Mapping[str, float]) -> float:
-    """Sum of the parts with the allowance for context and fragments, in bytes."""
-    return 1.1 * sum(parts.values()) + 1.5 * GIB
+    """Sum of the parts with the allowance for fragments, in bytes."""
+    return sum(parts.values()) + margin(parts)
+
+
+def margin(parts: Mapping[str, float]) -> float:
+    """What the allocator cannot use, in bytes."""
+    return FRAGMENTS * (sum(parts.values()) - parts["context"])
 
 
 def cheapest_overrides(

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from sftdist.core.distributed import World
 from sftdist.core.settings import Init, Method, Offload, TrainConfig
+from sftdist.core.settings import Kernels as KernelChoice
 from sftdist.data.corpus import Corpus, validation_sources
 from sftdist.data.planned import pack_tokens
 from sftdist.model import cost
@@ -110,8 +111,9 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     return Trained(engine, model.config, attention, kernels, coverage, untrained, tied, commit)
 
 
-def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | None) -> cost.Setup:
-    """The choices of a configuration that memory depends on. `trainable`: of an adapter, None in a full fine-tune."""
+def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | None, device: str) -> cost.Setup:
+    """The choices of a configuration that memory depends on. `trainable`: of an adapter, None in a full fine-tune.
+    `device`: cuda or cpu."""
     return cost.Setup(
         stage=stage,
         world=world,
@@ -125,6 +127,8 @@ def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | N
         recompute_layers=cfg.model.recompute_layers,
         quantised=cfg.tune.method == Method.qlora,
         double_quant=cfg.tune.double_quant,
+        device=device,
+        fused_loss=device == "cuda" and cfg.model.kernels != KernelChoice.torch,
     )
 
 

@@ -13,7 +13,7 @@ from sftdist.core.rules import check
 from sftdist.core.settings import Kernels, Method, Offload, TrainConfig
 from sftdist.data.planned import pack_tokens, plan_spec
 from sftdist.model import cost, timing
-from sftdist.model.hardware import Cluster
+from sftdist.model.hardware import CPU, Cluster
 from sftdist.training.build import engine_spec, memory_setup, optimizer_spec, planned_trainable
 from sftdist.training.zero_config import spec_issues
 
@@ -121,7 +121,8 @@ def choice(cfg: TrainConfig, shape: Mapping[str, Any], cluster: Cluster, step: t
     """What a configuration needs and takes as it is."""
     layers = cost.shape_of(shape).layers
     trainable = planned_trainable(cfg, shape)
-    setup = memory_setup(cfg, stage=cfg.zero.stage, world=cluster.gpus, trainable=trainable)
+    device = "cpu" if cluster.gpu is CPU else "cuda"
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=cluster.gpus, trainable=trainable, device=device)
     parts = cost.memory(shape, setup)
     needed = cost.total(parts)
     work = timing.Work(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
+
 from sftdist.core import agent, snapshot
 from sftdist.core.errors import ConfigError, DataAbsentError
 from sftdist.core.settings import TrainConfig
@@ -22,7 +24,8 @@ def print_plan(cfg: TrainConfig, ready: Callable[[], Prepared]) -> None:
     """`dry_run`: what the run would do, counted where its data is there; `ready` finds or makes the stores."""
     print(f"configuration {snapshot.config_hash(cfg)[:12]} is complete; run directory {cfg.run.dir}")
     shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
-    setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=planned_trainable(cfg, shape))
+    device, trainable = ("cuda" if torch.cuda.is_available() else "cpu"), planned_trainable(cfg, shape)
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=trainable, device=device)
     need = cost.total(cost.memory(shape, setup)) / cost.GIB
     print(f"{cost.parameters(shape).total:,} parameters, about {need:.1f} GiB on each of {ranks(cfg)} ranks")
     found = planned(cfg, ready)

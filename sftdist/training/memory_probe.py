@@ -30,7 +30,7 @@ def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained
     a gradient? Raises LocalFailure on a rank that runs out of memory, with the overrides that would fit."""
     batch = costliest_pack(corpus, plan.spec.pack_tokens)
     trainable = trained.coverage.trainable if trained.coverage else None
-    setup = memory_setup(cfg, stage=cfg.zero.stage, world=world.size, trainable=trainable)
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=world.size, trainable=trainable, device=world.device.type)
     mapping = trained.config.to_dict()
     available = available_bytes(world)
     parts = cost.memory(mapping, setup)

@@ -114,8 +114,8 @@ def _table(result: PlanResult) -> list[list[str]]:
     size = _unit(result)[1]
     for one in result.choices:
         mark = (">" if _same(one, result.configured) else "") + ("*" if result.best is one else "")
-        margin = one.needed - sum(one.parts.values())
-        sizes = [f"{value / size:,.1f}" for value in (*(one.parts[part] for part in parts), margin, one.needed)]
+        values = (*(one.parts[part] for part in parts), cost.margin(one.parts), one.needed)
+        sizes = [f"{value / size:,.1f}" for value in values]
         rows.append(
             [
                 *(mark, str(one.cfg.zero.stage), str(one.cfg.zero.offload), f"{one.recomputed} of {one.layers}"),
@@ -128,7 +128,7 @@ def _table(result: PlanResult) -> list[list[str]]:
 
 def _unit(result: PlanResult) -> tuple[str, float]:
     """GiB, or MiB where every part is less than one: its name and its bytes."""
-    largest = max(size for one in result.choices for size in one.parts.values())
+    largest = max(size for one in result.choices for part, size in one.parts.items() if part != "context")
     return ("GiB", cost.GIB) if largest >= cost.GIB else ("MiB", cost.GIB / 1024)
 
 

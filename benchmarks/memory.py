@@ -3,10 +3,10 @@
     python -m benchmarks.memory
 
 A Llama of 27 million parameters on two gloo ranks, packs of 2,048 tokens in two documents. Measured is the growth of a
-rank's resident memory: from before the model was there until between two micro-batches of the third step (state), and at
-the highest point of the second of them (peak). Freed blocks go back to the system at once, and imports are done before.
-The context of the process is in neither, and messages are of 4 MiB: of the usual size they would be all that is measured
-beside a model this small.
+rank's resident memory: from before the model was there until between two micro-batches of the third step (state), and
+at the highest point of the second of them (peak). Freed blocks go back to the system at once, and imports are done
+before. The context of the process is in neither, and messages are of 4 MiB: of the usual size they would be all that is
+measured beside a model this small.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def main() -> None:
         {"run": one.name, "published": one.rate, "predicted": one.predicted, "ratio": one.predicted / one.rate}
         for one in PUBLISHED
     ]
-    ratios = [row["ratio"] for row in table]
+    ratios = [one.predicted / one.rate for one in PUBLISHED]
     figures = {"least ratio": min(ratios), "largest ratio": max(ratios)}
     about, sources = str(__doc__).split("\n")[0], str(__doc__).split("\n\n")[2].replace("\n", " ")
     Result("predictions", command("benchmarks.predictions"), figures, table, about, notes=[sources]).save()

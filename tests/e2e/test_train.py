@@ -91,7 +91,7 @@ def test_a_preempted_run_ends_with_75_and_goes_on_bit_equal(home: Path) -> None:
     assert evaluations(home / "runs/cut") == evaluations(home / "runs/whole") != []
 
 
-@pytest.mark.parametrize("preset", ["llama8b", "llama8b_lora"])
+@pytest.mark.parametrize("preset", [pytest.param("llama8b", marks=pytest.mark.long), "llama8b_lora"])
 def test_the_8b_presets_train_with_a_tiny_shape(home: Path, preset: str) -> None:
     """The very same configuration; only the sizes of the model and of the packs are small."""
     tiny = ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=2", "num_attention_heads=4"]

@@ -83,14 +83,13 @@ def _windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
 class Parameters:
     """Counts. `total` is what is stored, `active` what one token passes through, lookup of the embedding left out.
 
-    `layer` is the largest layer, `matmul` the active weights of all layers' matrix products (head left out).
+    `matmul`: the active weights of all layers' matrix products (head left out).
     """
 
     total: int
     active: int
     embedding: int
     head: int
-    layer: int
     matmul: int
     linear_io: int
 
@@ -115,7 +114,6 @@ def parameters(config: Mapping[str, Any]) -> Parameters:
         active=matmul + s.layers * small + s.hidden + embedding,
         embedding=embedding,
         head=embedding,
-        layer=max(dense_layer if dense_layers else 0, expert_layer if s.expert_layers else 0),
         matmul=matmul,
         linear_io=_linear_io(s),
     )
@@ -253,6 +251,8 @@ PASSING = ("activations", "logits", "gathering")  # parts that are there during 
 # What the process takes before any model: CUDA's context and its libraries, or an interpreter with torch on the host.
 CONTEXT = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
 FRAGMENTS = 0.1  # of all parts: what an allocator cannot use
+# DeepSpeed's defaults of ZeRO 3: so many parameters stay gathered, and are fetched ahead into a buffer beside them.
+LIVE, PREFETCHED = 1_000_000_000, 50_000_000
 HOST_BLOCK = 2**20  # logits that are float32 at a time on a CPU
 
 
@@ -305,7 +305,7 @@ def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
         "buckets": 4.0 * bucket * (0, 2, 2, 1)[setup.stage],
         "activations": _activations(config, setup, compute),
         "logits": _logits(config, setup, compute, trains_head=not is_lora),
-        "gathering": float(compute * (2 * p.layer + p.head)) if setup.stage == 3 else 0.0,
+        "gathering": float(compute * (min(p.total, LIVE) + min(p.total, PREFETCHED))) if setup.stage == 3 else 0.0,
         "context": CONTEXT[setup.device],
     }
 
@@ -319,8 +319,8 @@ def _activations(config: Mapping[str, Any], setup: Setup, compute: int) -> float
     # gate, up, their activation and product
     per_token = compute * (4 * s.hidden + 3 * query + 4 * key + 4 * width) + 8 * s.hidden
     again = (s.layers if setup.recompute_layers is None else setup.recompute_layers) if setup.checkpointing else 0
-    # Of a recomputed layer the input is kept, and one at a time is there in full.
-    whole = s.layers - again + min(again, 1)
+    # Of a recomputed layer the input is kept. One at a time is there in full again, after the others are gone.
+    whole = max(s.layers - again, min(again, 1))
     return float(per_token * setup.pack_tokens * whole + compute * s.hidden * setup.pack_tokens * again)
 
 

@@ -26,7 +26,15 @@ from sftdist.data.planned import pack_tokens
 from sftdist.data.request import prepare_small, request_of
 from sftdist.model import cost, timing
 from sftdist.model.hardware import Cluster, named
-from sftdist.training.choices import choice, choices, fastest, proposals, typical_step
+from sftdist.training.choices import (
+    Choice,
+    choice,
+    choices,
+    fastest_that_fits,
+    proposals,
+    require_shape,
+    typical_step,
+)
 from sftdist.training.dry_run import planned
 from sftdist.training.plan_view import PlanResult, Scale, as_json, lines, page, scaling_svg
 from sftdist.training.planned_model import planned_config
@@ -48,6 +56,7 @@ def run(cfg: PlanConfig, say: Callable[[str], None] = print) -> PlanResult:
     """Arithmetic on the model's config and, where there is data, on the real plan."""
     quickstart.lay_out(cfg)
     shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
+    require_shape(cfg, shape)
     gpu = named(cfg.cluster.gpu)
     gpu = gpu if cfg.cluster.memory_gib is None else replace(gpu, memory_gib=cfg.cluster.memory_gib)
     counts = cfg.cluster.gpus if isinstance(cfg.cluster.gpus, list) else [cfg.cluster.gpus]
@@ -58,11 +67,12 @@ def run(cfg: PlanConfig, say: Callable[[str], None] = print) -> PlanResult:
         return Cluster(gpu, gpus, cfg.cluster.gpus_per_node, cfg.cluster.network_gbps * 1e9 / 8)
 
     first = counts[0]
-    found = choices(cfg, shape, cluster(first), work.at(first, 1), budget)
-    best = fastest(found)
+    configured = choice(cfg, shape, cluster(first), work.at(first, 1), budget)
+    best = fastest_that_fits(cfg, shape, cluster(first), work.at(first, 1), budget)
+    found = with_rows(choices(cfg, shape, cluster(first), work.at(first, 1), budget), configured, best)
     scaling = []
     for gpus in counts:
-        there = best if gpus == first else fastest(choices(cfg, shape, cluster(gpus), work.at(gpus, 1), budget))
+        there = fastest_that_fits(cfg, shape, cluster(gpus), work.at(gpus, 1), budget)
         grown = max(1, round(gpus / first))
         weak = None if there is None else choice(there.cfg, shape, cluster(gpus), work.at(gpus, grown), budget)
         scaling.append(Scale(gpus, work.at(gpus, 1), there, work.at(gpus, grown), weak))
@@ -77,13 +87,21 @@ def run(cfg: PlanConfig, say: Callable[[str], None] = print) -> PlanResult:
         method=cfg.tune.method.value,
         precision=cfg.precision.value,
         choices=tuple(found),
-        configured=choice(cfg, shape, cluster(first), work.at(first, 1), budget),
+        configured=configured,
         best=best,
         scaling=tuple(scaling),
         proposals=tuple(instead),
         totals=work.totals,
         why_no_totals=work.why,
     )
+
+
+def with_rows(found: list[Choice], *more: Choice | None) -> list[Choice]:
+    """The choices in the order of the table, with those besides that are not among them."""
+    for one in more:
+        if one is not None and not any(one.is_like(other) for other in found):
+            found.append(one)
+    return sorted(found, key=lambda one: (one.cfg.zero.stage, str(one.cfg.zero.offload), one.recomputed))
 
 
 def work_of(cfg: PlanConfig, shape: Mapping[str, Any], found: tuple[Any, Plan] | str) -> Work:

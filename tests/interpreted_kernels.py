@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from triton.runtime import interpreter
 
-from sftdist.model.backends.registry import open_layer_kernels, open_row_losses
+from sftdist.model.backends.registry import open_layer_kernels, open_loss_kernel
 from sftdist.model.loss import LogitTransform, Losses, LossModel, chunked_ce, reference_ce, rows_into_gradients
 from tests.models import tiny_model
 from tests.packed import gradients, random_row, relative
@@ -52,8 +52,9 @@ without_liger = pytest.mark.skipif(util.find_spec("liger_kernel") is None, reaso
 @pytest.mark.parametrize("columns", [5, 4096, 8192 + 77])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_losses_and_gradients_of_rows(transform: LogitTransform, columns: int, weighted: bool) -> None:
-    fused = open_row_losses()
-    assert not isinstance(fused, str), fused
+    kernel = open_loss_kernel()
+    assert not isinstance(kernel, str), kernel
+    fused = kernel.rows_into_gradients
     generator = torch.Generator().manual_seed(columns)
     logits = 4 * torch.randn(3, columns, generator=generator)
     targets = torch.tensor([0, columns - 1, columns // 2])
@@ -69,8 +70,9 @@ def test_losses_and_gradients_of_rows(transform: LogitTransform, columns: int, w
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_chunked_loss_with_the_fused_rows(dtype: torch.dtype) -> None:
-    fused = open_row_losses()
-    assert not isinstance(fused, str), fused
+    kernel = open_loss_kernel()
+    assert not isinstance(kernel, str), kernel
+    fused = kernel.rows_into_gradients
     torch.manual_seed(0)
     hidden, head = torch.randn(20, 16).to(dtype).requires_grad_(), nn.Linear(16, 300, bias=False).to(dtype)
     targets, weights = torch.randint(300, (20,)), torch.rand(20)

@@ -1,4 +1,4 @@
-"""torch.compile, one layer at a time: the same parameters under the same names, and one graph for packs of any length.
+"""torch.compile, one layer at a time: the same parameters under the same names, a graph for packs of many lengths.
 
 A layer's graph is split where its attention is, and the documents of the pack reach the attention beside the graph: as
 its inputs they would be compared with those of the pack before, and each pack would be compiled anew. What is no

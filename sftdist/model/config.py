@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from sftdist.core.errors import ConfigError
@@ -14,8 +15,19 @@ def load_config(path: str | None, revision: str | None, shape: dict[str, Any] | 
     if path is not None:
         return _config_of(path, revision)
     if shape is not None:
-        return AutoConfig.for_model(**shape)
+        return _config_from(shape)
     raise ConfigError("model.path and model.shape are both empty: give one of them")
+
+
+def _config_from(shape: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(**shape)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.shape: given {shape}, which transformers does not take ({reason}); required is a config of a model "
+            "that it knows, model_type included"
+        ) from error
 
 
 def _config_of(path: str, revision: str | None) -> PreTrainedConfig:

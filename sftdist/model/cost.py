@@ -249,7 +249,7 @@ def recomputed_flops(
 
 PASSING = ("activations", "logits", "gathering")  # parts that are there during a micro-batch only
 # What the process takes before any model: CUDA's context and its libraries, or an interpreter with torch on the host.
-CONTEXT = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
+CONTEXT = {"cuda": 1.5 * GIB, "cpu": 0.6 * GIB}
 FRAGMENTS = 0.1  # of all parts: what an allocator cannot use
 # DeepSpeed's defaults of ZeRO 3: so many parameters stay gathered, and are fetched ahead into a buffer beside them.
 LIVE, PREFETCHED = 1_000_000_000, 50_000_000
@@ -335,6 +335,12 @@ def _logits(config: Mapping[str, Any], setup: Setup, compute: int, *, trains_hea
 def total(parts: Mapping[str, float]) -> float:
     """Sum of the parts with the allowance for fragments, in bytes."""
     return sum(parts.values()) + margin(parts)
+
+
+def host_bytes(config: Mapping[str, Any], setup: Setup) -> float:
+    """What a GPU's part of the offloaded optimizer takes of its host: masters, moments, and gradients on their way."""
+    trainable = parameters(config).total if setup.trainable is None else setup.trainable
+    return trainable * (8.0 + 4.0 * setup.moments) / setup.world if setup.offload else 0.0
 
 
 def margin(parts: Mapping[str, float]) -> float:

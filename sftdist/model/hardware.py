@@ -5,6 +5,7 @@ Nothing here is measured: how much of a peak a training step reaches is `timing.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -67,6 +68,7 @@ class Cluster:
     """So many GPUs of one kind, `per_node` to a host; `network_rate`: bytes per second each way and GPU between hosts.
 
     `host_memory_rate`: bytes per second of a host's memory, shared by its GPUs; it bounds an offloaded optimizer.
+    `host_memory`: bytes of it for each GPU, where they are known.
     """
 
     gpu: Gpu
@@ -74,6 +76,7 @@ class Cluster:
     per_node: int = 8
     network_rate: float = NDR_GBPS * 1e9 / 8
     host_memory_rate: float = 200e9
+    host_memory: float = math.inf
 
     @property
     def nodes(self) -> int:

@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sftdist.core.errors import ConfigError
-from sftdist.model.backends.interface import first_line
-from sftdist.model.backends.registry import open_layer_kernels, open_row_losses
-from sftdist.model.loss import IDENTITY, RowLosses, rows_into_gradients
+from sftdist.model.backends.registry import open_layer_kernels, open_loss_kernel
+from sftdist.model.loss import RowLosses, rows_into_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,11 @@ class Kernels:
     @property
     def row_losses(self) -> RowLosses:
         """The function that the chunks of the loss go through."""
-        opened = rows_into_gradients if self.loss == "torch" else open_row_losses()
+        if self.loss == "torch":
+            return rows_into_gradients
+        opened = open_loss_kernel()
         assert not isinstance(opened, str)  # it was opened when it was chosen
-        return opened
+        return opened.rows_into_gradients
 
 
 def choose_kernels(name: str, device: torch.device, config: PreTrainedConfig, *, compiled: bool = False) -> Kernels:
@@ -67,12 +68,5 @@ def _why_no_layers(device: torch.device, config: PreTrainedConfig) -> str:
 
 
 def _why_no_loss(device: torch.device) -> str:
-    opened = open_row_losses()
-    if isinstance(opened, str):
-        return opened
-    try:
-        logits, targets = torch.ones(2, 8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        opened(logits, targets, None, IDENTITY, True)
-    except RuntimeError as error:  # triton compiles a launcher with the C compiler of the machine
-        return f"the fused loss does not run on {device}: {first_line(error)}"
-    return ""
+    opened = open_loss_kernel()
+    return opened if isinstance(opened, str) else opened.why_not(device)

@@ -28,6 +28,7 @@ from sftdist.training.choices import (
     fastest_that_fits,
     proposals,
     proposed,
+    require_shape,
     typical_step,
     words_of,
 )
@@ -49,6 +50,7 @@ def settled(cfg: TrainConfig, given: Collection[str], say: Callable[[str], None]
         kept.add("model.loss_chunk")
     cluster, budget = this_machine(cfg)
     shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
+    require_shape(cfg, shape)
     step = typical_step(cfg, shape)
     on_gpus = cluster.gpu is not CPU
     tried = choices(cfg, shape, cluster, step, budget, kept, offload=on_gpus)
@@ -96,7 +98,7 @@ def this_machine(cfg: TrainConfig) -> tuple[Cluster, float]:
     smallest = min(devices, key=lambda device: device.total_memory)
     # The order of settings depends little on which GPU it is: one that is not in the table counts as an A100.
     gpu = recognised(smallest.name) or replace(GPUS["A100"], name=smallest.name)
-    return Cluster(gpu, ranks, per_node=here), float(smallest.total_memory)
+    return Cluster(gpu, ranks, per_node=here, host_memory=memory.total_bytes() / here), float(smallest.total_memory)
 
 
 def _loss_chunk_of(cfg: TrainConfig) -> int | None:

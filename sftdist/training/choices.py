@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sftdist.core.errors import ConfigError
 from sftdist.core.rules import check
 from sftdist.core.settings import Kernels, Method, Offload, TrainConfig
 from sftdist.data.planned import pack_tokens, plan_spec
@@ -27,12 +28,14 @@ SUPERVISED = 0.5  # of the tokens, where no data says better: chat data has 20 t
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train. `parts`: bytes per GPU; `needed`: their sum with the allowances, bytes; `terms`: of a step."""
+    """One way to train. `parts`: bytes per GPU; `needed`: their sum with the allowances, bytes; `host`: bytes per GPU
+    in its host's memory, for what is offloaded; `terms`: of a step."""
 
     cfg: TrainConfig
     layers: int
     parts: Mapping[str, float]
     needed: float
+    host: float
     terms: timing.Terms
     fits: bool
 
@@ -40,6 +43,12 @@ class Choice:
     def recomputed(self) -> int:
         """Layers that go forward twice."""
         return recomputed_layers(self.cfg, self.layers)
+
+    def is_like(self, other: Choice) -> bool:
+        """The same engine, layers and chunk, however they are written down."""
+        mine, its = self.cfg, other.cfg
+        same = self.recomputed == other.recomputed and mine.model.loss_chunk == its.model.loss_chunk
+        return same and mine.zero == its.zero and mine.tune.method == its.tune.method
 
     def words(self) -> list[str]:
         """The overrides that stand for this choice, every key of it."""
@@ -84,7 +93,8 @@ def choices(
                     low, high = (low, middle) if at(middle).fits else (middle, high)
             else:
                 high = layers // 2
-            ends[1:1] = [at(high)] if counts[0] < high < counts[1] else []
+            some = "model.recompute_layers" not in kept
+            ends[1:1] = [at(high)] if some and counts[0] < high < counts[1] else []
         found += ends
     return found
 
@@ -137,7 +147,25 @@ def choice(cfg: TrainConfig, shape: Mapping[str, Any], cluster: Cluster, step: t
         fused=cfg.model.compile or cfg.model.kernels == Kernels.liger,
     )
     terms = timing.step_seconds(shape, work, step, cluster)
-    return Choice(cfg, layers, parts, needed, terms, needed <= budget)
+    host = cost.host_bytes(shape, setup)
+    return Choice(cfg, layers, parts, needed, host, terms, needed <= budget and host <= cluster.host_memory)
+
+
+def require_shape(cfg: TrainConfig, shape: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what the model's shape does not allow, which a plan would otherwise call fitting."""
+    sizes, count = cost.shape_of(shape), cfg.model.recompute_layers
+    issues = []
+    if count is not None and count > sizes.layers:
+        issues.append(
+            f"model.recompute_layers: given {count}, required at most {sizes.layers}, the layers of this model"
+        )
+    if cfg.tune.method == Method.qlora and sizes.experts:
+        issues.append(
+            "tune.method: given qlora, required full or lora for a mixture of experts: bitsandbytes has no 4 bits for "
+            "fused experts"
+        )
+    if issues:
+        raise ConfigError(issues)
 
 
 def proposals(
@@ -206,4 +234,6 @@ def _layer_counts(cfg: TrainConfig, kept: Collection[str], layers: int) -> tuple
         return (now,)
     if {"model.activation_checkpointing", "model.recompute_layers"} <= set(kept):
         return (now,)
+    if "model.recompute_layers" in kept:
+        return (0, layers)
     return (1 if "model.activation_checkpointing" in kept else 0, layers)

@@ -17,6 +17,7 @@ from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.data.summary import describe_plan
 from sftdist.model import cost
 from sftdist.training.build import memory_setup, planned_trainable
+from sftdist.training.choices import require_shape
 from sftdist.training.planned_model import cost_model, planned_config
 
 
@@ -24,6 +25,7 @@ def print_plan(cfg: TrainConfig, ready: Callable[[], Prepared]) -> None:
     """`dry_run`: what the run would do, counted where its data is there; `ready` finds or makes the stores."""
     print(f"configuration {snapshot.config_hash(cfg)[:12]} is complete; run directory {cfg.run.dir}")
     shape = planned_config(cfg, cfg.model.vocabulary or 0).to_dict()
+    require_shape(cfg, shape)
     device, trainable = ("cuda" if torch.cuda.is_available() else "cpu"), planned_trainable(cfg, shape)
     setup = memory_setup(cfg, stage=cfg.zero.stage, world=ranks(cfg), trainable=trainable, device=device)
     need = cost.total(cost.memory(shape, setup)) / cost.GIB

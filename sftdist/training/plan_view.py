@@ -87,6 +87,7 @@ def lines(result: PlanResult) -> Iterator[str]:
     yield (
         f"on {result.gpus} x {result.gpu.name} of {memory:g} GiB; a step is {step.packs} packs with {step.tokens:,.0f} "
         f"tokens on average, {step.micro(result.gpus)} for each GPU"
+        + (" that has one" if step.packs < result.gpus else "")
     )
     yield ""
     unit, _ = _unit(result)
@@ -100,7 +101,7 @@ def lines(result: PlanResult) -> Iterator[str]:
         yield ""
         yield "Scaling, each with the fastest setting that fits there:"
         yield from (f"  {line}" for line in columns(_right(_scaling_table(result))))
-        yield from _idle(result)
+    yield from _idle(result)
     yield ""
     yield (
         "Step times are arithmetic from data sheets, good to about a third; memory is checked before step 1 of every "
@@ -113,7 +114,8 @@ def _table(result: PlanResult) -> list[list[str]]:
     rows = [["", *HEADINGS, *parts, "margin", "total", "fits", "step", "tokens/s"]]
     size = _unit(result)[1]
     for one in result.choices:
-        mark = (">" if _same(one, result.configured) else "") + ("*" if result.best is one else "")
+        best = result.best is not None and one.is_like(result.best)
+        mark = (">" if one.is_like(result.configured) else "") + ("*" if best else "")
         values = (*(one.parts[part] for part in parts), cost.margin(one.parts), one.needed)
         sizes = [f"{value / size:,.1f}" for value in values]
         rows.append(
@@ -132,16 +134,12 @@ def _unit(result: PlanResult) -> tuple[str, float]:
     return ("GiB", cost.GIB) if largest >= cost.GIB else ("MiB", cost.GIB / 1024)
 
 
-def _same(one: Choice, other: Choice) -> bool:
-    return one.cfg.zero == other.cfg.zero and one.recomputed == other.recomputed
-
-
 def _verdict(result: PlanResult) -> Iterator[str]:
     configured, best = result.configured, result.best
     fits = "fits" if configured.fits else "does not fit"
     yield f"As configured: {fits}. {_figures(configured, result)}"
     yield f"  {_terms(configured.terms)}"
-    if best is not None and not _same(best, configured):
+    if best is not None and not best.is_like(configured):
         yield f"The fastest that fits: {' '.join(best.words())}"
         yield f"  {_figures(best, result)}"
         yield f"  {_terms(best.terms)}"
@@ -159,8 +157,9 @@ def _verdict(result: PlanResult) -> Iterator[str]:
 
 def _figures(one: Choice, result: PlanResult) -> str:
     rate = tokens_per_second(one.terms, result.step)
+    host = f", {one.host / cost.GIB:.1f} GiB of its host's memory for each GPU" if one.host else ""
     return (
-        f"{one.needed / cost.GIB:.1f} of {result.gpu.memory_gib:g} GiB, {one.terms.total:.3g} s a step, "
+        f"{one.needed / cost.GIB:.1f} of {result.gpu.memory_gib:g} GiB{host}, {one.terms.total:.3g} s a step, "
         f"{rate:,.0f} tokens/s ({rate / result.gpus:,.0f} per GPU)"
     )
 
@@ -183,6 +182,8 @@ def _terms(terms: timing.Terms) -> str:
 
 def _job(result: PlanResult) -> Iterator[str]:
     one = _taken(result)
+    if one is None:
+        return
     hours = result.hours(one.terms, result.step)
     if one.cfg.tune.method.value != result.method:
         yield f"With tune.method={one.cfg.tune.method}:"
@@ -191,7 +192,7 @@ def _job(result: PlanResult) -> Iterator[str]:
         yield (
             f"The whole job: {totals.steps:,} steps, {totals.tokens:,} tokens of {totals.conversations:,} "
             f"conversations: {_duration(hours)}, {hours * result.gpus:,.3g} GPU-hours"
-            + ("" if one is result.configured or _same(one, result.configured) else " with the fastest setting")
+            + ("" if one is result.configured or one.is_like(result.configured) else " with the fastest setting")
         )
         return
     why, *more = str(result.why_no_totals).splitlines()
@@ -202,9 +203,9 @@ def _job(result: PlanResult) -> Iterator[str]:
     )
 
 
-def _taken(result: PlanResult) -> Choice:
-    """What the job's time is said for: the fastest that fits, else what would fit instead, else the configured one."""
-    return result.best or next(iter(result.proposals), result.configured)
+def _taken(result: PlanResult) -> Choice | None:
+    """What the job's time is said for: the fastest that fits, else what would fit instead."""
+    return result.best or next(iter(result.proposals), None)
 
 
 def _scaling_table(result: PlanResult) -> list[list[str]]:
@@ -271,8 +272,10 @@ def as_json(result: PlanResult) -> dict[str, Any]:
     }
 
 
-def _job_figures(result: PlanResult) -> dict[str, Any]:
+def _job_figures(result: PlanResult) -> dict[str, Any] | None:
     one = _taken(result)
+    if one is None:
+        return None
     hours = result.hours(one.terms, result.step)
     figures: dict[str, Any] = {"hours": hours, "gpu_hours": hours * result.gpus, "of": "a million tokens"}
     if result.totals is None:
@@ -290,6 +293,7 @@ def _choice(one: Choice, step: timing.Step) -> dict[str, Any]:
         "overrides": one.words(),
         "memory": dict(one.parts),
         "needed": one.needed,
+        "host": one.host,
         "fits": one.fits,
         "seconds": {**asdict(one.terms), "total": one.terms.total},
         "tokens_per_second": tokens_per_second(one.terms, step),

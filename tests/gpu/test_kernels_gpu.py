@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sftdist.model.backends.registry import open_layer_kernels, open_row_losses
+from sftdist.model.backends.registry import open_layer_kernels, open_loss_kernel
 from sftdist.model.compiled import compile_layers
 from sftdist.model.kernels import choose_kernels
 from sftdist.model.loss import Losses, LossModel, chunked_ce, reference_ce
@@ -63,8 +63,9 @@ def test_compiled_layers(family: str) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("columns", [1000, 32_001, 128_256])
 def test_the_fused_loss_is_as_exact_as_the_plain_one(columns: int, weighted: bool) -> None:
-    fused = open_row_losses()
-    assert not isinstance(fused, str), fused  # triton comes with torch for CUDA
+    kernel = open_loss_kernel()
+    assert not isinstance(kernel, str), kernel  # triton comes with torch for CUDA
+    fused = kernel.rows_into_gradients
     torch.manual_seed(0)
     hidden = torch.randn(700, 256, device=CUDA).bfloat16().requires_grad_()
     head = nn.Linear(256, columns, bias=False).to(CUDA, torch.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -40,7 +40,7 @@ def waits(world: World, case: Case, attention: str) -> tuple[list[str], list[str
     engine = make_engine(replace(case, attention=attention), world)
     update(engine, pinned(step_of(mixed_packs())), world, 1e-3, Flags)  # kernels are loaded and memory is taken once
     step = pinned(step_of(mixed_packs()))
-    with waiting_is_an_error():
+    with waiting_is_an_error() if case.stage == 0 else nullcontext():  # DeepSpeed waits for its own streams
         for batch in step.micro:
             engine.forward_backward(batch, scale=0.01, last=False)
     engine.step(0.0)

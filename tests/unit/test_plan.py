@@ -14,8 +14,8 @@ from sftdist.core import config
 from sftdist.core.errors import ConfigError
 from sftdist.core.settings import PlanConfig
 from sftdist.model import cost
-from sftdist.model.hardware import Cluster
-from sftdist.training.choices import choice, recomputing
+from sftdist.model.hardware import GPUS, Cluster
+from sftdist.training.choices import choice, recomputing, typical_step
 from sftdist.training.plan_view import PlanResult, as_json, efficiency, lines, page, scaling_svg
 from sftdist.training.planned_model import planned_config
 
@@ -181,3 +181,54 @@ def test_what_is_refused(word: str, said: str) -> None:
     with pytest.raises(ConfigError) as found:
         config.compose("llama8b", [word], PlanConfig, checks=[plan.known_gpu])
     assert said in str(found.value)
+
+
+def test_what_is_configured_has_a_line_whatever_it_is() -> None:
+    words = ("model.activation_checkpointing=true", "model.recompute_layers=7")
+    marks = [line.split()[0] for line in list(lines(planned("llama8b", *EIGHT, *words)))[5:27]]
+    assert sum(">" in mark for mark in marks) == sum("*" in mark for mark in marks) == 1
+
+
+def test_plan_and_auto_look_at_the_same_settings() -> None:
+    """Where only fewer logits at a time make it fit, that is what is proposed."""
+    result = planned("llama8b", "tune.method=qlora", "cluster.gpus=1", "cluster.memory_gib=12")
+    assert result.best is not None
+    assert result.best.cfg.model.loss_chunk < 2048
+    assert any(one.is_like(result.best) for one in result.choices)
+
+
+def test_nothing_is_said_of_a_job_that_fits_nowhere() -> None:
+    result = planned("llama8b", "cluster.memory_gib=0.1")
+    assert as_json(result)["job"] is None
+    assert not [line for line in lines(result) if "GPU-hours" in line]
+
+
+def test_gpus_without_work_are_named() -> None:
+    said = list(lines(planned("llama8b", "cluster.gpus=32")))
+    assert any("with 32 GPUs and 16 packs a step 16 GPUs have nothing to do" in line for line in said)
+
+
+def test_offloaded_states_are_counted_on_the_host(eight: PlanResult) -> None:
+    offloaded, kept = (
+        next(one for one in eight.choices if str(one.cfg.zero.offload) == place) for place in ("optimizer", "none")
+    )
+    assert offloaded.host == pytest.approx(16 * 8_030_261_248 / 8)
+    assert kept.host == 0
+    narrow = Cluster(GPUS["H100"], 8, host_memory=10 * cost.GIB)
+    assert not choice(offloaded.cfg, LLAMA, narrow, typical_step(offloaded.cfg, LLAMA), 1000 * cost.GIB).fits
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("model.recompute_layers=99", "model.activation_checkpointing=true"), "given 99, required at most 32"),
+        (
+            ("tune.method=qlora", "+model.shape.num_local_experts=8"),
+            "given qlora, required full or lora",
+        ),
+        (("model.shape.model_type=nosuchmodel",), "which transformers does not take"),
+    ],
+)
+def test_what_training_would_refuse_is_not_planned(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        planned("llama8b", *EIGHT, *words)

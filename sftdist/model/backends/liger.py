@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sftdist.model.backends.interface import first_line
+from sftdist.model.backends.triton_loss import NOT_BUILT
 
 _LAYERS = {"rope", "rms_norm", "swiglu", "geglu"}  # the switches of Liger's functions that are set; all others are off
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -38,7 +39,7 @@ def why_not(config: PreTrainedConfig, device: torch.device) -> str:
         return f"liger is used for text models only, and {config.model_type} is none"
     try:
         _try_out(device)
-    except RuntimeError as error:  # triton compiles a launcher with the C compiler of the machine
+    except NOT_BUILT as error:
         return f"liger does not run on {device}: {first_line(error)}"
     return ""
 

@@ -44,6 +44,14 @@ class Quantisation(Protocol):
     def read_alike(self, weight: nn.Parameter) -> bool: ...
 
 
+class LossKernel(Protocol):
+    """A fused kernel for the chunks of the loss; `rows_into_gradients` is a `loss.RowLosses`."""
+
+    rows_into_gradients: Callable[..., Tensor]
+
+    def why_not(self, device: torch.device) -> str: ...
+
+
 def open_backend(name: str) -> Backend | str:
     """The backend, or one line that says why it cannot be imported (absent, or built for another torch)."""
     module = _open(name, package=name)
@@ -55,10 +63,9 @@ def open_layer_kernels() -> LayerKernels | str:
     return cast("LayerKernels | str", _open("liger", package="liger_kernel"))
 
 
-def open_row_losses() -> Callable[..., Tensor] | str:
-    """The fused loss kernel, a `loss.RowLosses`, or one line that says why it cannot be imported."""
-    module = _open("triton_loss", package="triton")
-    return module if isinstance(module, str) else cast("Callable[..., Tensor]", module.rows_into_gradients)
+def open_loss_kernel() -> LossKernel | str:
+    """The fused loss kernel, or one line that says why it cannot be imported."""
+    return cast("LossKernel | str", _open("triton_loss", package="triton"))
 
 
 def open_quantisation() -> Quantisation | str:

@@ -10,21 +10,26 @@ single tokens it makes the logits twice. Only the registry imports this file: tr
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
-from sftdist.model.loss import LogitTransform
+from sftdist.model.backends.interface import first_line
+from sftdist.model.loss import IDENTITY, LogitTransform
 
+# A kernel that cannot be built: no compiler, no headers of Python, a GPU that this triton does not know.
+NOT_BUILT = (RuntimeError, OSError, subprocess.SubprocessError, TritonError)
 _BLOCK = 8192  # logits of a row at a time
 _WARPS = 16
 
 
+# Triton reads annotations as names of the program: a kernel has none but its own.
 @triton.jit
-def _transformed(logits: Any, offsets: Any, columns: tl.constexpr, scale: Any, cap: Any, capped: tl.constexpr) -> Any:
+def _transformed(logits, offsets, columns: tl.constexpr, scale, cap, capped: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 logits of one block after scale and cap; -inf beyond the last column."""
     values = tl.load(logits + offsets, mask=offsets < columns, other=0.0).to(tl.float32) * scale
     if capped:
@@ -33,20 +38,20 @@ def _transformed(logits: Any, offsets: Any, columns: tl.constexpr, scale: Any, c
 
 
 @triton.jit
-def _rows_into_gradients(
-    logits: Any,
-    stride: Any,
-    targets: Any,
-    weights: Any,
-    losses: Any,
+def _rows_into_gradients(  # type: ignore[no-untyped-def]
+    logits,
+    stride,
+    targets,
+    weights,
+    losses,
     columns: tl.constexpr,
-    scale: Any,
-    cap: Any,
+    scale,
+    cap,
     capped: tl.constexpr,
     weighted: tl.constexpr,
     with_gradient: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """One program for each row."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -98,3 +103,13 @@ def rows_into_gradients(
         num_warps=_WARPS,
     )
     return losses
+
+
+def why_not(device: torch.device) -> str:
+    """Run the kernel on two rows; '' if it works, else the reason in a line."""
+    try:
+        logits, targets = torch.ones(2, 8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        rows_into_gradients(logits, targets, None, IDENTITY, True)
+    except NOT_BUILT as error:
+        return f"the fused loss does not run on {device}: {first_line(error)}"
+    return ""

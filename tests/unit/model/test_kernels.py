@@ -33,7 +33,6 @@ class Fused:
 @pytest.fixture
 def _with_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "open_layer_kernels", Fused)
-    monkeypatch.setattr(kernels, "open_row_losses", lambda: rows_into_gradients)
     monkeypatch.setattr(kernels, "_why_no_loss", lambda device: "")
 
 
@@ -69,6 +68,30 @@ def test_an_absent_or_broken_package_is_said_in_a_line(monkeypatch: pytest.Monke
     said = registry.open_layer_kernels()
     assert isinstance(said, str)
     assert "liger_kernel" in said
+
+
+COMPILED = """
+from itertools import product
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sftdist.model.backends.triton_loss import _rows_into_gradients as kernel
+numbers = {"stride": "i32", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "scale": "fp32", "cap": "fp32"}
+for dtype, flag, columns in product(("bf16", "fp32"), (False, True), (8, 128256)):
+    given = {"columns": columns, "capped": flag, "weighted": flag, "with_gradient": flag, "block": min(columns, 8192)}
+    signature = {"logits": f"*{dtype}", **numbers, **dict.fromkeys(given, "constexpr")}
+    signature = {name: signature[name] for name in kernel.arg_names}
+    made = compile(ASTSource(kernel, signature, given), GPUTarget("cuda", 90, 32), {"num_warps": 16})
+    assert made.asm["cubin"]
+"""
+
+
+def test_the_loss_kernel_compiles_for_a_gpu() -> None:
+    """Without one: the interpreter takes what the compiler does not."""
+    if util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, env=without, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
 
 
 @pytest.mark.long

@@ -155,6 +155,8 @@ class Cluster:
 
         Not within the second in which its last start ended: its node takes the new one for that one, and fails it.
         """
+        # A job that waits for another one is pending, too, before its first start.
+        self.until(lambda: int(self.job(job)["Restarts"]) > 0, 180.0, lambda: f"{self.job(job)}\n{self.log(job)}")
         self.until_state(job, "PENDING")
         time.sleep(2)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from sftdist.core.errors import ConfigError
@@ -22,7 +21,7 @@ def load_config(path: str | None, revision: str | None, shape: dict[str, Any] | 
 def _config_from(shape: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**shape)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.shape: given {shape}, which transformers does not take ({reason}); required is a config of a model "

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ("sftdist.commands.compare", "several runs in one table, with their reports and gates"),
     "release": ("sftdist.commands.release", "the releases: list, verify, diff, rollback"),
     "pipeline": ("sftdist.commands.pipeline", "prepare, train, evaluate and publish, one after another"),
+    "migrate": ("sftdist.commands.migrate", "a YAML of Axolotl, LLaMA-Factory or TRL as an experiment of sftdist"),
     "doctor": ("sftdist.commands.doctor", "what this machine has for training, what it lacks, and what to do"),
 }
 

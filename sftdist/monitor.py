@@ -19,6 +19,7 @@ from transformers.utils import logging
 from sftdist.core import config
 from sftdist.core.distributed import session
 from sftdist.core.errors import GateError
+from sftdist.core.releases import Release, find
 from sftdist.core.settings import MonitorConfig, PublishConfig
 from sftdist.core.snapshot import read_config
 from sftdist.core.storage import append_jsonl, read_jsonl, write_json, write_jsonl
@@ -44,7 +45,7 @@ from sftdist.evals.report import REPORT as EVALUATION
 from sftdist.evals.report import ROWS, EvalReport
 from sftdist.evals.traffic import read_traffic
 from sftdist.release.changelog import REPORT_FOLDER
-from sftdist.release.registry import Release, find, require_unchanged
+from sftdist.release.registry import require_unchanged
 
 REPORT = "monitor.json"
 HISTORY = "history.jsonl"  # a line per look

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from sftdist.core import agent, config, ledger, snapshot
 from sftdist.core.distributed import World, session
 from sftdist.core.errors import CheckpointError, ConfigError, GateError
+from sftdist.core.releases import Release, check_name, latest
 from sftdist.core.rules import BROUGHT_ALONG
 from sftdist.core.runfacts import DATA, RunFacts, run_facts, step_of
 from sftdist.core.settings import PublishConfig
@@ -39,7 +40,7 @@ from sftdist.release.card import Card
 from sftdist.release.changelog import CHANGELOG, REPORT_FOLDER, Contents, changes, entry, extended
 from sftdist.release.gate import Decision
 from sftdist.release.hub import CARD, push, require_card
-from sftdist.release.registry import Draft, Entries, Release
+from sftdist.release.registry import Draft, Entries
 from sftdist.release.rule import Against
 from sftdist.release.soundness import Training, faults
 from sftdist.training.ending import LEDGER
@@ -86,7 +87,7 @@ def release_issues(cfg: PublishConfig) -> list[str]:
     """What is wrong with a release that is asked for, whatever its run."""
     issues = []
     try:
-        registry.check_name(cfg.name or "")
+        check_name(cfg.name or "")
     except ConfigError as problem:
         issues.append(str(problem))
     if cfg.split != HOLDOUT:
@@ -139,7 +140,7 @@ def published(cfg: PublishConfig, world: World, say: Say) -> PublishResult:
     spec = spec_of(cfg, world)
     on_main(world, "looking at the files", lambda: require_sound(cfg, spec, say))
     world.progress.note("evaluating")
-    last = registry.latest(Path(cfg.registry), str(cfg.name))
+    last = latest(Path(cfg.registry), str(cfg.name))
     told = None if last is None else on_main(world, "reading the last release", partial(told_of, last))
     result = judged(cfg, spec, world, say, last=told, preview=False)
     decision = result.decision
@@ -300,6 +301,7 @@ class Publisher:
             "model_sha256": report.tuned.sha256,
             "base_sha256": None if report.base is None else report.base.sha256,
             "previous": None if last is None else last.version,
+            "parent": self._ledger().get("parent"),
             "run": {"name": found.name, "config_sha256": self._ledger().get("config"), "steps": found.steps},
             "mixture": [asdict(source) for source in found.mixture],
             "gate": {

@@ -48,6 +48,7 @@ from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
 from sftdist.model.load import weight_hashes
 from sftdist.model.loss import causal_lm
+from sftdist.release.start import require_start
 from sftdist.training.auto import chosen_words, settled, settled_on_all
 from sftdist.training.build import Trained, build_trained, model_config, special_ids
 from sftdist.training.checkpoint import Checkpoints
@@ -57,13 +58,15 @@ from sftdist.training.dry_run import print_plan
 from sftdist.training.ending import ending, record_in_ledger
 from sftdist.training.export import ExportSpec, export_model, is_adapter_alone
 from sftdist.training.export_proof import FreshCheck
+from sftdist.training.followers import followers_of
 from sftdist.training.loop import Calls, Flags, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
-from sftdist.training.optimizer import lr_at
+from sftdist.training.own_code import own_code_found
 from sftdist.training.planned_model import cost_model
 from sftdist.training.retention import Keep
+from sftdist.training.schedule import rate_of
 from sftdist.training.startup import run_checks
 from sftdist.training.tracking import Tracker, evaluated, open_tracker, standing
 from sftdist.training.wandb_process import wandb_of
@@ -85,7 +88,9 @@ class TrainResult:
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it starts torchrun's agent."""
     work = run_rank if is_worker() else start
-    return config.main(TrainConfig, work, "train", checks=[engine_issues], makes_runs=True, settle=settle)
+    return config.main(
+        TrainConfig, work, "train", checks=[engine_issues, own_code_found], makes_runs=True, settle=settle
+    )
 
 
 def settle(cfg: TrainConfig, given: frozenset[str]) -> TrainConfig:
@@ -166,7 +171,7 @@ def run_settled(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None)
         if is_worker():
             stack.enter_context(rank_log(run_dir, restart_count() + 1))
         stop = stack.enter_context(stop_signals())
-        opening = open_run(cfg, run_dir, stack, partial(ready_data, cfg, dataset, tokenizer))
+        opening = open_run(cfg, run_dir, stack, partial(ready_to_train, cfg, dataset, tokenizer))
         if opening.finished:
             return TrainResult("done", opening.step, run_dir, run_dir / "export")
         if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None and os.environ.get("RANK") == "0":
@@ -189,6 +194,13 @@ def stop_signals() -> Iterator[StopSignal]:
         yield stop
     finally:
         stop.uninstall()
+
+
+def ready_to_train(cfg: TrainConfig, dataset: Any, tokenizer: Any) -> Prepared:
+    """The data; and where the run begins with a release, that is whole."""
+    if finished_before(Path(str(cfg.run.dir))) is None:
+        require_start(cfg.model.path, partial(print, flush=True))
+    return ready_data(cfg, dataset, tokenizer)
 
 
 def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> Prepared:
@@ -295,14 +307,7 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
     """Give the loop what it calls: where figures go, what a checkpoint holds, what is evaluated."""
     cfg, world, engine, checkpoints = job.cfg, job.world, job.trained.engine, job.checkpoints
     meter = Meter(job.corpus.names, peak_flops_per_second=peak_flops(world.device, world.size))
-    rate = partial(
-        lr_at,
-        lr=cfg.optimizer.lr,
-        total=job.steps,
-        warmup=round(cfg.optimizer.warmup_ratio * job.steps),
-        schedule=cfg.optimizer.schedule.value,
-        min_ratio=cfg.optimizer.min_lr_ratio,
-    )
+    rate = rate_of(cfg.optimizer, job.steps)
     batches = validation_batches(cfg, job.corpus, world)
     names = [store.name for store in validation_sources(job.corpus)]
     if not batches and cfg.eval.every_steps and world.is_main:
@@ -423,7 +428,8 @@ def base_of(cfg: TrainConfig, commit: str | None, world: World) -> dict[str, Any
 def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:
     """Rank 0's: metrics.jsonl first, then those who follow it."""
     tracker = open_tracker(run_dir, resumed_step=step)
-    return tracker.followed_by(*open_console(steps, first_step=step), *wandb_of(cfg, run_dir, say))
+    others = [*wandb_of(cfg, run_dir, say), *followers_of(cfg, run_dir, step, say)]
+    return tracker.followed_by(*open_console(steps, first_step=step), *others)
 
 
 def export_of(job: Job, state: TrainState) -> Path | None:

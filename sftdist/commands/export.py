@@ -1,4 +1,4 @@
-"""`sftdist export run.dir=R [step=latest|best|120]`: any checkpoint of a run as a verified Hugging Face folder.
+"""`sftdist export run.dir=R [step=latest|best|120] [merge=true]`: any checkpoint of a run as a verified folder.
 
 One CPU process, offline, without the training data. The run's own configuration is the base, so only `export.*` and,
 where the base of a LoRA run has moved, `model.path` are given anew.
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from sftdist.core import snapshot
 from sftdist.core.config import main as command_line
 from sftdist.core.errors import CheckpointError, ConfigError
-from sftdist.core.settings import ExportConfig
+from sftdist.core.settings import ExportConfig, Method
 from sftdist.training.checkpoint_files import find, verify
 from sftdist.training.export import ExportSpec, export_model
 from sftdist.training.offline import SavedModel, expected_memory, read_outline
@@ -38,11 +38,14 @@ def run_issues(cfg: ExportConfig) -> list[str]:
         given = "nothing" if cfg.run.dir is None else str(cfg.run.dir)
         raise ConfigError(f"run.dir: given {given}, required the directory of a run (it holds {snapshot.FILE})")
     changed = snapshot.differences(snapshot.read_config(run_dir), cfg)
-    return [
-        f"{key}: the run has {before!r}, given {now!r}; an export takes only export.* and model.path"
+    issues = [
+        f"{key}: the run has {before!r}, given {now!r}; an export takes only merge, export.* and model.path"
         for key, (before, now) in changed.items()
         if not key.startswith(_OWN)
     ]
+    if cfg.merge is False and cfg.tune.method == Method.full:
+        issues.append("merge: given false, but this run trains all weights and has no adapter; leave merge out")
+    return issues
 
 
 def run(cfg: ExportConfig) -> Path:
@@ -55,7 +58,8 @@ def run(cfg: ExportConfig) -> Path:
     path = find(run_dir, cfg.step, standing(run_dir, cfg.checkpoint.best))
     outline = read_outline(run_dir)
     step = int(path.name.removeprefix("step-"))
-    spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * _GIB), cfg.export.merge, step)
+    merge = cfg.export.merge if cfg.merge is None else cfg.merge
+    spec = ExportSpec(cfg.export.dtype.value, int(cfg.export.shard_gib * _GIB), merge, step)
     say(f"{path}: its export needs about {expected_memory(cfg, outline, spec) / _GIB:.1f} GiB of memory at its peak")
     if problems := verify(path):
         raise CheckpointError(f"{path} does not verify: {'; '.join(problems[:5])}")

@@ -13,13 +13,14 @@ from typing import Any
 from sftdist.commands.release_view import listing, rows_of_listing
 from sftdist.core import snapshot
 from sftdist.core.errors import CheckpointError, GateError, SftdistError
+from sftdist.core.releases import RELEASE, find, names
 from sftdist.core.table import columns
 from sftdist.data.comparison import data_changes
 from sftdist.data.manifest import MANIFEST
 from sftdist.fresh_answer import QUESTION, answer_of
 from sftdist.release.changelog import Changes, Contents, changes
 from sftdist.release.hub import push
-from sftdist.release.registry import RELEASE, find, in_registry, names, require_unchanged, rollback
+from sftdist.release.registry import in_registry, require_unchanged, rollback
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftdist.release.registry import latest, versions
+from sftdist.core.releases import latest, versions
 
 
 def listing(registry: Path, name: str) -> list[dict[str, Any]]:

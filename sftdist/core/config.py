@@ -30,11 +30,12 @@ from sftdist.core.advice import Vocabulary
 from sftdist.core.command import Command, run_command
 from sftdist.core.conf_faults import COMPOSITION_ERRORS, explained
 from sftdist.core.errors import ConfigError
+from sftdist.core.extension import note_code
 from sftdist.core.mix import expand
 from sftdist.core.multirun import multirun
 from sftdist.core.resolve import literal, resolved, resolved_text
 from sftdist.core.rules import check
-from sftdist.core.settings import EvaluateConfig, TrainConfig
+from sftdist.core.settings import DataConfig, EvaluateConfig, ExportConfig, TrainConfig
 from sftdist.core.shipped import shipped_folder
 from sftdist.core.snapshot import (
     FILE,
@@ -50,6 +51,7 @@ from sftdist.core.snapshot import (
     write_config,
 )
 from sftdist.core.typed import options, shown, to_plain
+from sftdist.core.warm_start import name_folder
 from sftdist.core.words import Words, read_words, word
 
 __all__ = [
@@ -98,11 +100,14 @@ def compose(
         cfg = read_values(container, schema, issues)
         issues += expand(cfg.data, _named_mix)
         _expand_home(cfg)
+        issues += name_folder(cfg)
         if not words.refused:  # with a group missing, the rules would only report its absence again
             found = check(cfg, complete=complete)
             if found and complete and cfg.exp == TrainConfig().exp and not isinstance(cfg, EvaluateConfig):
                 issues.append(f"exp: none is given; the presets are {', '.join(_options('exp'))}: add +exp=NAME")
             issues += _beside(issues, found)
+            if not isinstance(cfg, DataConfig | ExportConfig):  # others keep what their run was begun with
+                issues += note_code(cfg)
             cfg.run.name = cfg.run.name or _name(cfg)
             cfg.run.dir = cfg.run.dir or f"runs/{cfg.run.name}"
             issues += [issue for rule in checks for issue in rule(cfg)]

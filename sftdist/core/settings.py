@@ -177,6 +177,7 @@ class SourceSettings:
     max_passes: float | None = None  # default: data.max_passes
     train_on: TrainOn | None = None  # default: data.train_on
     row_function: str | None = None  # package.module:function, row -> row | None | list of rows
+    reader: str | None = None  # package.module:function, file -> rows, for files of another format
     hub_split: str = "train"
     hub_config: str | None = None
     hub_revision: str | None = None
@@ -271,18 +272,23 @@ class TrainSettings:
     loss_weighting: LossWeighting = LossWeighting.token
     window: int | None = None  # conversations planned at a time; default: 4096, more where steps are small
     startup_checks: bool = True
+    loss: str | None = None  # package.module:function, (logits, targets) -> a loss per token; default: cross-entropy
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    hooks: list[str] = field(default_factory=list)  # package.module:name, told of each step and checkpoint
 
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
-    name: OptimizerName = OptimizerName.adamw
+    name: str = "adamw"  # adamw | sgd | package.module:name, an optimizer of your own
+    args: dict[str, Any] = field(default_factory=dict)  # of an optimizer of your own
     lr: float = 2e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     momentum: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    schedule: Schedule = Schedule.cosine
+    schedule: str = "cosine"  # cosine | linear | constant | package.module:function
+    schedule_args: dict[str, Any] = field(default_factory=dict)  # of a schedule of your own
     warmup_ratio: float = 0.03
     min_lr_ratio: float = 0.1
 
@@ -311,6 +317,7 @@ class TrackingSettings:
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    sinks: list[str] = field(default_factory=list)  # package.module:name, trackers of your own
 
 
 @dataclass(kw_only=True)
@@ -407,6 +414,8 @@ class TrainConfig:
     export: ExportSettings = field(default_factory=ExportSettings)
     evals: EvalsSettings = field(default_factory=EvalsSettings)
     gate: GateSettings = field(default_factory=GateSettings)
+    registry: str = "registry"  # where releases are: what model.path=release:NAME@vN means, and where publish puts one
+    code: dict[str, str] = field(default_factory=dict)  # made: hashes of the sources of yours that train
 
 
 @dataclass(kw_only=True)
@@ -437,6 +446,7 @@ class ExportConfig(TrainConfig):
     """The keys of train, and which checkpoint of `run.dir` the command `export` takes."""
 
     step: str = "latest"  # latest | best (the lowest eval/loss) | the number of a step
+    merge: bool | None = None  # LoRA: a merged model beside the adapter, or the adapter alone; default: export.merge
 
 
 @dataclass(kw_only=True)
@@ -469,7 +479,6 @@ class EvaluateConfig(DataConfig):
     tasks: list[str] = field(default_factory=list)  # of lm-eval: names, or task files of your own
     watch: bool = False  # score each new checkpoint of run.dir
     watch_seconds: float = 30.0  # between two looks
-    registry: str = "registry"  # where releases are
 
 
 @dataclass(kw_only=True)
@@ -488,7 +497,6 @@ class MonitorConfig(DataConfig):
     """The keys of train, and what `monitor` adds."""
 
     release: str | None = None  # NAME@vN, NAME (the latest), or the folder of a release
-    registry: str = "registry"
     traffic: Any = None  # JSONL files of live prompts, and answers where there are
     to_label: str | None = None  # file for a sample of prompts that are out of the profile
     to_label_rows: int = 200

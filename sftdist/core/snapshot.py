@@ -22,11 +22,11 @@ FILE = "config.yaml"
 # trained: a run that was begun with an earlier one goes on.
 NOT_HASHED = (
     *("config_version", "run", "tracking", "launch", "sweep", "zero", "checkpoint", "eval", "dry_run"),
-    *("evals", "gate", "auto"),
+    *("evals", "gate", "auto", "registry"),
 )
 # And these keys of sections that count: a layer that is recomputed gives the same bits as one that was kept, so a run
 # may resume where there is less memory.
-NOT_HASHED_KEYS = ("model.activation_checkpointing", "model.recompute_layers")
+NOT_HASHED_KEYS = ("model.activation_checkpointing", "model.recompute_layers", "train.hooks")
 IDENTITY = ("run.dir", "run.name")
 SECTIONS = tuple(item.name for item in fields(TrainConfig))
 
@@ -100,6 +100,8 @@ def hashed_part(cfg: TrainConfig) -> dict[str, Any]:
     part = {name: to_plain(getattr(cfg, name)) for name in SECTIONS if name not in NOT_HASHED}
     for section, _, key in (name.partition(".") for name in NOT_HASHED_KEYS):
         del part[section][key]
+    if not part["code"]:  # a run without code of the user's keeps the hash, and so the name, that it always had
+        del part["code"]
     return part
 
 

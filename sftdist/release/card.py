@@ -229,12 +229,19 @@ class Card:
             "run": self.run.name,
             "sha256 of the model": self.report.tuned.sha256,
             "sha256 of the base": self.report.base.sha256 if self.report.base else _UNKNOWN,
+            **self._start(),
             "sha256 of the configuration": str(config or _UNKNOWN),
             "commit of sftdist": _commit(git),
             "report": "`report/report.json`, and a line per prompt in `report/rows.jsonl`",
             "every file": "`release.json` (sha256)",
         }
         yield from _table(["", ""], [[key, value] for key, value in facts.items()])
+
+    def _start(self) -> dict[str, str]:
+        parent = self._parent()
+        if "release" in parent:
+            return {"started from": f"{parent['release']} (release.json: {parent['release_sha256']})"}
+        return {"started from": f"run {parent['run']}, step {parent['step']}"} if "run" in parent else {}
 
     # --- facts ----------------------------------------------------------------------------------------
 
@@ -264,6 +271,10 @@ class Card:
     def _base(self) -> str | None:
         return self.run.config["model"]["path"]
 
+    def _parent(self) -> Mapping[str, Any]:
+        """The release or run that the base comes from; empty for any other model."""
+        return dict(self.ledger.get("parent") or {})
+
     def _on_hub(self, base: str | None) -> bool:
         return not self.base_is_folder and _HUB_NAME.fullmatch(base or "") is not None
 
@@ -273,6 +284,8 @@ class Card:
             return "A model trained from random weights"
         if self._on_hub(base):
             return f"[{base}](https://huggingface.co/{base})"
+        if (release := self._parent().get("release")) is not None:
+            return f"The release {_text(release)}"
         return f"The base model `{_text(base)}` (a folder)"
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from sftdist.core import snapshot
 from sftdist.core.errors import GateError
+from sftdist.core.releases import RELEASE
 from sftdist.core.storage import read_json
 from sftdist.evals.report import REPORT, Estimate, EvalReport
-from sftdist.release.registry import RELEASE
 
 CHANGELOG = "CHANGELOG.md"
 REPORT_FOLDER = "report"

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from sftdist.core.errors import ConfigError
+from sftdist.core.releases import PREFIX, names, resolve
 from sftdist.release.hub import downloaded, is_repository
-from sftdist.release.registry import names, resolve
 
 
 def model_folder(registry: Path, reference: str, revision: str | None = None) -> Path:
-    """`reference` is a folder, `NAME@vN` or `NAME` of the registry, or `OWNER/NAME` of the Hub at `revision`.
+    """`reference` is a folder, `NAME@vN` or `NAME` of the registry (also behind `release:`), or `OWNER/NAME` of the Hub
+    at `revision`.
 
     Raises ConfigError for what is none of them, or cannot be had.
     """
+    if reference.startswith(PREFIX):
+        return resolve(registry, reference.removeprefix(PREFIX))
     folder = Path(reference).expanduser()
     if folder.is_dir():
         return folder

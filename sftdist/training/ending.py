@@ -12,6 +12,7 @@ import torch
 
 from sftdist.core import ledger, snapshot
 from sftdist.core.settings import TrainConfig
+from sftdist.core.warm_start import parent_of
 from sftdist.data.corpus import Corpus
 from sftdist.training.loop import TrainState
 
@@ -41,6 +42,7 @@ def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainSta
         "dir": str(cfg.run.dir),
         "note": cfg.run.note,
         "outcome": outcome,
+        "parent": parent_of(cfg.model.path),
         "config": snapshot.config_hash(cfg),
         "data": {store.name: store.manifest["key"] for store in corpus.stores},
         "git": ledger.git_state(),

@@ -13,6 +13,7 @@ import pytest
 
 from sftdist import cli, monitor
 from sftdist.assets import desk
+from sftdist.core import releases
 from sftdist.core.settings import PublishConfig, RowShape
 from sftdist.core.snapshot import write_config
 from sftdist.core.storage import read_json, read_jsonl, write_json, write_jsonl, write_manifest
@@ -163,8 +164,8 @@ def test_every_look_is_kept_and_the_release_is_not_touched(home: Path) -> None:
     folder = home / "own" / "bot" / "monitor" / "v1"
     assert len(list(read_jsonl(folder / monitor.HISTORY))) == 2
     assert (folder / "monitor.html").is_file()
-    assert registry.problems_of(registry.find(home / "own", "bot")) == []
-    assert [one.version for one in registry.versions(home / "own", "bot")] == [1]
+    assert registry.problems_of(releases.find(home / "own", "bot")) == []
+    assert [one.version for one in releases.versions(home / "own", "bot")] == [1]
 
 
 @pytest.mark.parametrize(

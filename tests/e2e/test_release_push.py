@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sftdist.release.registry import Draft, Entries, Release, release
+from sftdist.core.releases import Release
+from sftdist.release.registry import Draft, Entries, release
 from tests.hub_server import Hub, serving
 
 CARD = "---\nlicense: mit\n---\n# A model\n"

@@ -17,23 +17,10 @@ import pytest
 
 from sftdist.core import lock
 from sftdist.core.errors import ConfigError, GateError
+from sftdist.core.releases import Release, find, latest, names, resolve, versions
 from sftdist.core.storage import read_json
 from sftdist.release import registry as registry_module
-from sftdist.release.registry import (
-    Draft,
-    Entries,
-    Release,
-    find,
-    finished,
-    history,
-    latest,
-    names,
-    problems_of,
-    release,
-    resolve,
-    rollback,
-    versions,
-)
+from sftdist.release.registry import Draft, Entries, finished, history, problems_of, release, rollback
 from tests.conftest import ROOT
 
 

@@ -71,7 +71,7 @@ def command(cfg: EvaluateConfig) -> int:
 def gate_issues(cfg: EvaluateConfig) -> list[str]:
     """Rules of the gate that cannot be read, or could never decide anything."""
     rules, issues = read_rules(cfg.gate.rules, min_prompts=cfg.gate.min_prompts, confidence=cfg.gate.confidence)
-    return issues + misspelt(rules, metric_names(cfg.evals.functions))
+    return issues + misspelt(rules, metric_names(cfg.evals.functions, cfg.evals.probes))
 
 
 def watch_issues(cfg: EvaluateConfig) -> list[str]:

@@ -22,6 +22,7 @@ FLOORS: dict[str, set[str]] = {
     "training": {"core", "data", "model"},
     "evals": {"core", "data", "model"},
     "assets": {"core"},
+    "examples": {"core"},  # for users to copy: nobody imports them
     "release": {"core"},  # and evals.report
     ROOF: {"core", "data", "model", "training", "evals", "release", "assets", ROOF},
 }
@@ -48,6 +49,7 @@ DOORS = {
     "huggingface_hub": {"sftdist.release.hub", "sftdist.commands.doctor_checks.probe_model"},
     "httpx": {"sftdist.evals.endpoint"},
     "lm_eval": {"sftdist.evals.backends.lm_eval"},
+    "mlflow": {"sftdist.examples.mlflow_tracker"},
     "sacrebleu": {"sftdist.evals.probes.task"},
     "rouge_score": {"sftdist.evals.probes.task"},
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from sftdist.core.migrations import version_issue
 from sftdist.core.mix import lambda_issue
+from sftdist.core.rules_own import own_code_issues
 from sftdist.core.settings import (
     CheckpointSettings,
     DataConfig,
@@ -105,6 +106,7 @@ def check(cfg: TrainConfig, *, complete: bool = True) -> list[str]:
     if issue := version_issue(cfg.config_version):
         return [issue]
     issues = [*_ranges(cfg), *_words(cfg), *_sources(cfg), *_model(cfg), *_run(cfg), *_nodes(cfg)]
+    issues += own_code_issues(cfg)
     if complete and not isinstance(cfg, MonitorConfig):  # a release brings its model and its figures along
         issues += _completeness(cfg)
     if not isinstance(cfg, DataConfig):

@@ -26,6 +26,7 @@ from sftdist.core.errors import DataError
 from sftdist.core.settings import RowShape
 from sftdist.core.storage import sha256_file
 from sftdist.data.jsonline import decode_line
+from sftdist.data.reader import read_with, reader_source
 from sftdist.data.rowerror import RowError, show
 from sftdist.data.rowfunction import load_row_function, row_function_source
 from sftdist.data.schema import SCHEMA_VERSION, Conversation, Reject, parse
@@ -45,6 +46,7 @@ class Source:
     key: str = "data.train"
     shape: RowShape = RowShape.auto
     row_function: str | None = None
+    reader: str | None = None  # of its files, in place of JSON lines and parquet
     hub_split: str = "train"
     hub_config: str | None = None
     hub_revision: str | None = None
@@ -61,6 +63,7 @@ class Part:
     shown: str
     file: Path | None = None
     table: datasets.Dataset | Iterable[Mapping[str, Any]] | None = None
+    reader: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def parts_of(source: Source) -> list[Part]:
             if entry.startswith("hub:"):
                 tables.append(_hub_part(entry.removeprefix("hub:"), source))
             else:
-                files += _files(entry, source.key)
+                files += _files(entry, source.key, any_format=source.reader is not None)
         except DataError as problem:
             problems.append(str(problem))
     if not entries:
@@ -137,19 +140,19 @@ def parts_of(source: Source) -> list[Part]:
     problems += [f"{file}: given an empty file, required at least one row" for file in files if not file.stat().st_size]
     if problems:
         raise DataError("\n".join(problems))
-    return [*_file_parts(files), *tables]
+    return [*_file_parts(files, source.reader), *tables]
 
 
-def _files(entry: str, key: str) -> list[Path]:
+def _files(entry: str, key: str, *, any_format: bool) -> list[Path]:
     path = Path(entry).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+        there = sorted(file for file in path.rglob("*") if file.is_file())
+        found = [file for file in there if (file.name[0] != "." if any_format else file.suffix in SUFFIXES)]
         if not found:
-            raise DataError(
-                f"{key}: given folder {entry} without matches, required files of {' '.join(SUFFIXES)} in it"
-            )
+            wanted = "files" if any_format else f"files of {' '.join(SUFFIXES)}"
+            raise DataError(f"{key}: given folder {entry} without matches, required {wanted} in it")
         return found
     if glob.has_magic(entry):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
@@ -159,14 +162,17 @@ def _files(entry: str, key: str) -> list[Path]:
     raise DataError(f"{key}: given {entry}, which does not exist, required a file, folder, glob or hub:NAME")
 
 
-def _file_parts(files: list[Path]) -> list[Part]:
+def _file_parts(files: list[Path], reader: str | None) -> list[Part]:
     if not files:
         return []
     base = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    return [Part(file.absolute().relative_to(base).as_posix(), str(file), file=file) for file in files]
+    names = [file.absolute().relative_to(base).as_posix() for file in files]
+    return [Part(name, str(file), file=file, reader=reader) for name, file in zip(names, files, strict=True)]
 
 
 def _hub_part(name: str, source: Source) -> Part:
+    if source.reader is not None:
+        raise DataError(f"{source.key}: given hub:{name} with a reader, which reads files; remove one of the two")
     try:
         table = datasets.load_dataset(name, source.hub_config, split=source.hub_split, revision=source.hub_revision)
     except (FileNotFoundError, ValueError, ConnectionError) as problem:
@@ -179,12 +185,15 @@ def _hub_part(name: str, source: Source) -> Part:
 
 
 def fingerprint(source: Source, parts: list[Part]) -> dict[str, Any]:
-    """Everything about a source that changes its conversations: the bytes, the shape, the row function's source."""
+    """Everything about a source that changes its conversations: the bytes, the shape, the source of the row function
+    and, where there is one, of the reader (stores that were made without one keep their key)."""
+    reader = {} if source.reader is None else {"reader": reader_source(source.reader)}
     return {
         "input": [[part.name, _file_digest(part.file) if part.file else _table_digest(part)] for part in parts],
         "shape": str(source.shape),
         "labels": [source.schema_version or SCHEMA_VERSION, source.label_origin],
         "row_function": row_function_source(source.row_function) if source.row_function else None,
+        **reader,
     }
 
 
@@ -214,7 +223,9 @@ def chunks(parts: Sequence[Part]) -> Iterator[Chunk]:
 def places(parts: Sequence[Part]) -> Iterator[Place]:
     """Where the chunks of all parts lie, in order; of a file nothing is kept."""
     for number, part in enumerate(parts):
-        if part.file is not None and part.file.suffix != ".parquet":
+        if part.file is not None and part.reader is not None:
+            yield from _table_places(number, read_with(part.reader, part.file))
+        elif part.file is not None and part.file.suffix != ".parquet":
             yield from _line_places(number, part.file)
         else:
             yield from _table_places(number, _parquet_rows(part) if part.file else part.table or ())

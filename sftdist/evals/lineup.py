@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from sftdist.core.errors import ConfigError, DataError
+from sftdist.core.extension import is_import_path, source_of
 from sftdist.data.contract import Contract
 from sftdist.evals.adversarial import adversarial_prompts
 from sftdist.evals.endpoint import Endpoint
@@ -19,6 +20,7 @@ from sftdist.evals.probes.classifier import Classifier
 from sftdist.evals.probes.contract import contract_probe
 from sftdist.evals.probes.format import format_probe
 from sftdist.evals.probes.judge import Judge
+from sftdist.evals.probes.own_probe import own_probe
 from sftdist.evals.probes.robustness import KINDS, variants
 from sftdist.evals.probes.safety import CLASSIFIED, JUDGED, UNJUDGED, safety_probe
 from sftdist.evals.probes.task import task_probe
@@ -52,20 +54,27 @@ class Measures:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.probes if name not in PROBES]:
-            raise ConfigError(f"evals.probes: given {unknown[0]}, required some of {', '.join(PROBES)}")
+        if unknown := [name for name in self.probes if name not in PROBES and not is_import_path(name)]:
+            names = f"{', '.join(PROBES)}, or package.module:name"
+            raise ConfigError(f"evals.probes: given {unknown[0]}, required some of {names}")
 
 
 def require_probes(probes: Sequence[str]) -> None:
     """Raises ConfigError where nothing would be measured, or nothing that robustness could be measured by."""
-    scoring = any(name in SCORING for name in probes)
+    scoring = any(scores(name) for name in probes)
     if not scoring and (not probes or "robustness" in probes):
         given, needed = ", ".join(probes) or "none", ", ".join(SCORING)
         raise ConfigError(f"evals.probes: given {given}, required one that scores answers, too: {needed}")
 
 
+def scores(name: str) -> bool:
+    """Whether a probe, one of the user's own too, scores every answer."""
+    return name in SCORING or is_import_path(name)
+
+
 def probes_of(measures: Measures) -> list[Probe]:
-    """The probes that score answers, in the order of `SCORING`. Raises ConfigError for one that cannot be built."""
+    """The probes that score answers, in the order of `SCORING`, the user's own last. Raises ConfigError for one that
+    cannot be built."""
     builders = {
         "task": lambda: task_probe(measures.functions),
         "behaviour": behaviour_probe,
@@ -74,19 +83,34 @@ def probes_of(measures: Measures) -> list[Probe]:
         "safety": lambda: _safety(measures),
     }
     probes = [builders[name]() for name in SCORING if name in measures.probes]
-    counts = Counter(metric.name for probe in probes for metric in probe.metrics)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ConfigError(f"evals.functions: given the metric {twice[0]}, which there is already; give it another name")
+    _refuse_twice(probes, "evals.functions")
+    probes += [own_probe(name) for name in dict.fromkeys(measures.probes) if is_import_path(name)]
+    _refuse_twice(probes, "evals.probes")
     return probes
 
 
-def metric_names(functions: Sequence[str]) -> set[str]:
-    """Whatever can be measured of a source, and the kinds of robustness; `functions`: the user's own (evals.functions).
+def code_of(measures: Measures) -> dict[str, str]:
+    """The functions and probes of the user's own, each with the hash of its source: what a report was made with."""
+    named = [("evals.functions", path) for path in measures.functions]
+    named += [("evals.probes", path) for path in measures.probes if is_import_path(path)]
+    return {path: source_of(path, key)["sha256"] for key, path in named}
 
-    Raises ConfigError for a function that cannot be loaded.
+
+def _refuse_twice(probes: Sequence[Probe], key: str) -> None:
+    counts = Counter(metric.name for probe in probes for metric in probe.metrics)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"{key}: given the metric {twice[0]}, which there is already; give it another name")
+
+
+def metric_names(functions: Sequence[str], probes: Sequence[str] = ()) -> set[str]:
+    """Whatever can be measured of a source, and the kinds of robustness; `functions`, `probes`: as in the settings, of
+    which the user's own count.
+
+    Raises ConfigError for one that cannot be loaded.
     """
-    probes = (task_probe(functions), behaviour_probe(), format_probe({}), contract_probe({}), safety_probe(None, None))
-    scored = {metric.name for probe in probes for metric in probe.metrics}
+    own = [own_probe(name) for name in probes if is_import_path(name)]
+    ours = (task_probe(functions), behaviour_probe(), format_probe({}), contract_probe({}), safety_probe(None, None))
+    scored = {metric.name for probe in (*ours, *own) for metric in probe.metrics}
     return scored | {CLASSIFIED.name, JUDGED.name, UNJUDGED.name, "loss", *KINDS}
 
 
@@ -118,7 +142,8 @@ def _brought(measures: Measures) -> Iterator[Prompt]:
 
 def refuse_unknown_checks(prompt: Prompt, measures: Measures) -> None:
     """Raises DataError for a check that nobody would carry out; a user's own functions may know others."""
-    unknown = [] if measures.functions else [name for name in prompt.checks if name not in CHECKS]
+    own = measures.functions or any(map(is_import_path, measures.probes))
+    unknown = [] if own else [name for name in prompt.checks if name not in CHECKS]
     if unknown:
         raise DataError(
             f"prompt {prompt.id}: given checks.{unknown[0]}, which no probe knows, required some of {', '.join(CHECKS)}"

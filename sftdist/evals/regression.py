@@ -21,7 +21,7 @@ from sftdist.evals.endpoint import Endpoint
 from sftdist.evals.engines import load_engine
 from sftdist.evals.generate import answers
 from sftdist.evals.intervals import Estimate, change
-from sftdist.evals.lineup import SCORING, Measures, probes_of
+from sftdist.evals.lineup import Measures, probes_of, scores
 from sftdist.evals.live import Forms, schema_files
 from sftdist.evals.pace import shown
 from sftdist.evals.prompts import Answer, Prompt
@@ -100,7 +100,7 @@ def from_endpoint(endpoint: Endpoint, prompts: Sequence[Prompt], max_new_tokens:
 def measures_of(release: Path, forms: Forms, evals: EvalsSettings) -> Measures:
     """The probes that need no other model than the one that is asked, with what travels in the release."""
     return Measures(
-        probes=[name for name in SCORING if name in evals.probes],
+        probes=[name for name in evals.probes if scores(name)],
         contracts=forms.contracts,
         schemas={source: read_contract_file(file, read_file(file)) for source, file in schema_files(release).items()},
         functions=evals.functions,

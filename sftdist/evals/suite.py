@@ -23,7 +23,7 @@ from sftdist.evals.cache import AnswerCache
 from sftdist.evals.engines import load_engine
 from sftdist.evals.generate import answers
 from sftdist.evals.identity import identify
-from sftdist.evals.lineup import probes_of, prompts_of, refuse_unknown_checks
+from sftdist.evals.lineup import code_of, probes_of, prompts_of, refuse_unknown_checks
 from sftdist.evals.metrics import Probe
 from sftdist.evals.pace import shown
 from sftdist.evals.probes.robustness import fall
@@ -115,7 +115,7 @@ def evaluate(spec: SuiteSpec, world: World, say: Say) -> Evaluated:
         data={**spec.data, "prompts": counts(prompts), "left_out": left_out},
         metrics={**metrics, **losses, **tasks.metrics},
         run=spec.run,
-        versions=versions(),
+        versions={**versions(), **code_of(spec.measures)},
         seconds=clock.seconds,
         asked={
             **tasks.asked,

@@ -56,6 +56,8 @@ IDENTITY = LogitTransform()
 
 # (logits [n,V], targets [n], weights [n] or None, transform, with gradient) -> losses [n]; see `rows_into_gradients`
 RowLosses = Callable[[Tensor, Tensor, Tensor | None, LogitTransform, bool], Tensor]
+# (logits [n,V] float32, targets [n]) -> losses [n], with the graph
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
@@ -73,12 +75,23 @@ class LossOutput(NamedTuple):
     counts: Tensor
 
 
+def token_ce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token."""
+    return cross_entropy(logits, targets, reduction="none")
+
+
 def reference_ce(
-    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor | None, transform: LogitTransform = IDENTITY
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    weights: Tensor | None,
+    transform: LogitTransform = IDENTITY,
+    token_loss: TokenLoss = token_ce,
 ) -> Losses:
-    """Cross-entropy with all logits at once: hidden [N,H], targets [N] int64, weights [N] float32 or None."""
+    """Cross-entropy (or another loss) with all logits at once: hidden [N,H], targets [N] int64, weights [N] float32 or
+    None."""
     logits = transform(head(hidden).float())
-    tokens = cross_entropy(logits, targets, reduction="none")
+    tokens = token_loss(logits, targets)
     return Losses((tokens if weights is None else tokens * weights).sum(), tokens.detach())
 
 
@@ -90,19 +103,20 @@ def chunked_ce(
     chunk: int,
     transform: LogitTransform = IDENTITY,
     row_losses: RowLosses | None = None,
+    token_loss: TokenLoss = token_ce,
 ) -> Losses:
     """The same as `reference_ce` with the logits of at most `chunk` positions alive.
 
     A plain linear head takes the fast way, which makes the gradients together with the loss. A head that
     must be called as a module (an adapter sits on it) is recomputed in the backward pass instead. `row_losses`: a
-    kernel in place of `rows_into_gradients`, for the fast way.
+    kernel in place of `rows_into_gradients`, for the fast way; `token_loss`: the same loss, for the other.
     """
     if _is_plain_linear(head):
         weight = cast(Tensor, head.weight)
         how = (chunk, transform, row_losses or rows_into_gradients, torch.is_grad_enabled())
         total, tokens = _FusedHead.apply(hidden, weight, targets, weights, *how)
         return Losses(total, tokens)
-    return _recomputed(hidden, head, targets, weights, chunk, transform)
+    return _recomputed(hidden, head, targets, weights, chunk, transform, token_loss)
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
@@ -195,12 +209,18 @@ def rows_into_gradients(
 
 
 def _recomputed(
-    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None, chunk: int, transform: LogitTransform
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    weights: Tensor | None,
+    chunk: int,
+    transform: LogitTransform,
+    token_loss: TokenLoss,
 ) -> Losses:
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
 
     def one(hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        losses = reference_ce(hidden, head, targets, weights, transform)
+        losses = reference_ce(hidden, head, targets, weights, transform, token_loss)
         return losses.total, losses.tokens
 
     parts = zip(hidden.split(chunk), targets.split(chunk), weights.split(chunk), strict=True)
@@ -216,14 +236,22 @@ class HeadLoss(nn.Module):
     weight would cost a collective per chunk, and ranks would wait for each other for ever.
     """
 
-    def __init__(self, chunk: int, transform: LogitTransform, row_losses: RowLosses | None = None) -> None:
+    def __init__(
+        self,
+        chunk: int,
+        transform: LogitTransform,
+        row_losses: RowLosses | None = None,
+        token_loss: TokenLoss = token_ce,
+    ) -> None:
         super().__init__()
         self.chunk = chunk
         self.transform = transform
         self.row_losses = row_losses
+        self.token_loss = token_loss
 
     def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None) -> Losses:
-        return chunked_ce(hidden, head, targets, weights, self.chunk, self.transform, self.row_losses)
+        how = (self.chunk, self.transform, self.row_losses, self.token_loss)
+        return chunked_ce(hidden, head, targets, weights, *how)
 
 
 class LossModel(nn.Module):
@@ -233,12 +261,17 @@ class LossModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, num_sources: int, chunk: int = 2048, row_losses: RowLosses | None = None
+        self,
+        model: nn.Module,
+        num_sources: int,
+        chunk: int = 2048,
+        row_losses: RowLosses | None = None,
+        token_loss: TokenLoss = token_ce,
     ) -> None:
         super().__init__()
         self.model = model
         self.num_sources = num_sources
-        self.head_loss = HeadLoss(chunk, LogitTransform.of(causal_lm(model).config), row_losses)
+        self.head_loss = HeadLoss(chunk, LogitTransform.of(causal_lm(model).config), row_losses, token_loss)
 
     def forward(
         self,

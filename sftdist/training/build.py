@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sftdist.core.distributed import World
+from sftdist.core.extension import require_same_code
 from sftdist.core.settings import Init, Method, Offload, TrainConfig
 from sftdist.core.settings import Kernels as KernelChoice
 from sftdist.data.corpus import Corpus, validation_sources
@@ -21,7 +22,8 @@ from sftdist.model.config import load_config
 from sftdist.model.kernels import Kernels, choose_kernels
 from sftdist.model.load import is_tied, load_model
 from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
-from sftdist.model.loss import LossModel
+from sftdist.model.loss import LossModel, RowLosses, TokenLoss, token_ce
+from sftdist.model.own_loss import load_loss, require_sound, rows_of
 from sftdist.model.quantised import quantise, require_quantisation
 from sftdist.training.engine import Engine, gathered, partitioned_init
 from sftdist.training.optimizer import OptimizerSpec
@@ -64,6 +66,7 @@ def special_ids(tokenizer: Any) -> dict[str, int | None]:
 
 def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, world: World) -> Trained:
     """Load or initialise the model, attach what trains, and hand it to the engine. Collective under ZeRO 3."""
+    require_same_code(cfg)
     spec = engine_spec(cfg)
     dtype = COMPUTE_DTYPE[spec.precision]
     attention = choose(cfg.model.attention.value, world.device, dtype, config)
@@ -105,7 +108,10 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     if cfg.model.compile:
         compile_layers(module)
     sources = max(len(corpus.stores), len(validation_sources(corpus)))
-    loss = LossModel(module, num_sources=sources, chunk=cfg.model.loss_chunk, row_losses=kernels.row_losses)
+    row_losses, token_loss = losses_of(cfg, kernels, corpus.largest_id + 1)
+    loss = LossModel(
+        module, num_sources=sources, chunk=cfg.model.loss_chunk, row_losses=row_losses, token_loss=token_loss
+    )
     engine = Engine(loss, optimizer_spec(cfg), spec, world)
     # The model's own config: where the vocabulary grew, it is not the one that was asked for.
     return Trained(engine, model.config, attention, kernels, coverage, untrained, tied, commit)
@@ -137,6 +143,15 @@ def planned_trainable(cfg: TrainConfig, shape: Mapping[str, Any]) -> int | None:
     return None if cfg.tune.method == Method.full else cost.lora_parameters(shape, cfg.tune.r)
 
 
+def losses_of(cfg: TrainConfig, kernels: Kernels, vocabulary: int) -> tuple[RowLosses, TokenLoss]:
+    """Cross-entropy on the kernel that was chosen, or the loss that the configuration names, proven."""
+    if cfg.train.loss is None:
+        return kernels.row_losses, token_ce
+    own = load_loss(cfg.train.loss, cfg.train.loss_args)
+    require_sound(own, cfg.train.loss, vocabulary)
+    return rows_of(own), own
+
+
 def engine_spec(cfg: TrainConfig) -> EngineSpec:
     return EngineSpec(
         stage=cfg.zero.stage,
@@ -149,11 +164,13 @@ def engine_spec(cfg: TrainConfig) -> EngineSpec:
 
 def optimizer_spec(cfg: TrainConfig) -> OptimizerSpec:
     return OptimizerSpec(
-        name=cfg.optimizer.name.value,
+        name=cfg.optimizer.name,
         betas=(cfg.optimizer.betas[0], cfg.optimizer.betas[1]),
         eps=cfg.optimizer.eps,
         momentum=cfg.optimizer.momentum,
         weight_decay=cfg.optimizer.weight_decay,
+        lr=cfg.optimizer.lr,
+        args=cfg.optimizer.args,
     )
 
 

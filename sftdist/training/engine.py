@@ -31,6 +31,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from sftdist.core.distributed import World
@@ -39,7 +40,8 @@ from sftdist.data.loader import Batch, empty_pack
 from sftdist.model.backends.interface import Documents
 from sftdist.model.loss import LossModel, LossOutput, causal_lm
 from sftdist.model.quantised import is_quantised, whole
-from sftdist.training.optimizer import OptimizerSpec, decays, full_shape
+from sftdist.training.optimizer import OptimizerSpec, decays, full_shape, stage_issues
+from sftdist.training.own_optimizer import set_updates, without_decay
 from sftdist.training.replicated import Replicated
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec, deepspeed_config, spec_issues
 
@@ -191,8 +193,9 @@ class Partitioned:
         part[: len(mine)] = mine
         return part
 
-    def optimizer_states(self) -> Iterator[dict[str, Any]]:
-        return iter(self._engine.basic_optimizer.state.values())
+    @property
+    def optimizer(self) -> Optimizer:
+        return cast(Optimizer, self._engine.basic_optimizer)
 
     def frozen_value(self, parameter: nn.Parameter) -> Tensor:
         with gathered(parameter):
@@ -206,7 +209,7 @@ class Engine:
     """A loss module under training. Every verb is collective: all ranks call it together."""
 
     def __init__(self, module: LossModel, optimizer: OptimizerSpec, spec: EngineSpec, world: World) -> None:
-        issues = spec_issues(spec)
+        issues = [*spec_issues(spec), *stage_issues(optimizer, spec.stage)]
         if issues:
             raise ConfigError(issues)
         self.module = module
@@ -351,12 +354,13 @@ class Engine:
     def _ensure_moments(self) -> None:
         """Optimizer state is made by the first update: before it, one update of `loss * 0` at rate 0 makes it."""
         moments = self.optimizer.moments
-        if not moments or any(moments[0] in state for state in self._core.optimizer_states()):
+        if not moments or any(self._core.optimizer.state.values()):
             return
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             self.forward_backward(empty_pack(), scale=0.0, last=True)
-        self._core.step(0.0)
+        with without_decay(self._core.optimizer):
+            self._core.step(0.0)
         self._set_updates(0)
 
     def _set_scale(self, scale: LossScale | None) -> None:
@@ -367,9 +371,7 @@ class Engine:
     def _set_updates(self, updates: int) -> None:
         """AdamW counts its updates for the bias correction, once per tensor."""
         self.updates = updates
-        for state in self._core.optimizer_states():
-            if "step" in state:
-                state["step"].fill_(updates)
+        set_updates(self._core.optimizer.state.values(), updates)
 
     def _fields(self, batch: Batch) -> dict[str, Any]:
         return batch.to(self.world.device).inputs()

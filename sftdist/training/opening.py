@@ -132,8 +132,14 @@ def refuse_other_config(cfg: TrainConfig, run_dir: Path) -> None:
     if differences:
         raise ConfigError(
             [f"run.dir={run_dir} was begun with another configuration; use it again, or give another run.dir:"]
-            + [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items()]
+            + [f"  {_changed(key, old, new)}" for key, (old, new) in differences.items()]
         )
+
+
+def _changed(key: str, old: object, new: object) -> str:
+    if key.startswith("code.") and old and new:
+        return f"{key.removeprefix('code.')}: its source, or what that uses of its folder, has been edited since"
+    return f"{key}: was {old!r}, now {new!r}"
 
 
 def refuse_other_data(run_dir: Path, prepared: Prepared) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from sftdist.core.extension import is_import_path
+from sftdist.training import own_optimizer
 
 # PEFT's trained embedding rows: rows of an embedding table, though they live in a layer of their own.
 _EMBEDDING_ROWS = "trainable_tokens_delta"
@@ -57,17 +60,27 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What to optimize with. `name`: adamw | sgd; the learning rate is given step by step, not here."""
+    """What to optimize with. `name`: adamw | sgd, or the import path of the user's own, which gets `lr` and `args`; the
+    learning rate of an update is given step by step, not here."""
 
     name: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.0
     weight_decay: float = 0.0
+    lr: float = 0.0
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole_only(self) -> str:
+        """Why it cannot work on parts of parameters, as ZeRO 1-3 would have it; "" where it can. Raises ConfigError."""
+        return self._own().whole_only if is_import_path(self.name) else ""
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The names under which torch keeps a parameter's optimizer state (tensors of the parameter's shape)."""
+        """The names under which a parameter's optimizer state is kept (tensors of the parameter's shape)."""
+        if is_import_path(self.name):
+            return self._own().moments
         if self.name == "adamw":
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
@@ -84,4 +97,16 @@ class OptimizerSpec:
             return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=True)
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)
-        raise ValueError(f"optimizer {self.name!r} is unknown; it must be adamw or sgd")
+        if is_import_path(self.name):
+            return own_optimizer.make(self.name, groups, self.lr, self.args)
+        raise ValueError(f"optimizer {self.name!r} is unknown; it must be adamw, sgd or package.module:name")
+
+    def _own(self) -> own_optimizer.Traits:
+        return own_optimizer.traits(self.name, self.lr, self.weight_decay, self.args)
+
+
+def stage_issues(optimizer: OptimizerSpec, stage: int) -> list[str]:
+    """What keeps an optimizer from a ZeRO stage. Raises ConfigError for one of the user's own that is none."""
+    if stage == 0 or not (why := optimizer.whole_only):
+        return []
+    return [f"optimizer.name={optimizer.name} with zero.stage={stage}: {why}; set zero.stage=0"]

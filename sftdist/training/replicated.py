@@ -9,8 +9,7 @@ the partitioned stages are tested against.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from sftdist.core.distributed import World
 from sftdist.model.quantised import is_quantised, whole
 from sftdist.training.gradients import GradientSums
 from sftdist.training.optimizer import OptimizerSpec, decays
+from sftdist.training.own_optimizer import read_moment, write_moment
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 
 
@@ -37,7 +37,7 @@ class Replicated:
         if spec.precision != "fp32":
             self._split_masters(COMPUTE_DTYPE[spec.precision])
         decay = decays(module)
-        self._optimizer = optimizer.build((master, decay[name]) for name, master in self._masters.items())
+        self.optimizer = optimizer.build((master, decay[name]) for name, master in self._masters.items())
 
     def _split_masters(self, dtype: torch.dtype) -> None:
         """Masters from the values as they were handed in, then the module in the compute dtype."""
@@ -88,11 +88,11 @@ class Replicated:
 
     @torch.no_grad()
     def _apply(self, gradients: list[Tensor], lr: float) -> None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         for master, gradient in zip(self._masters.values(), gradients, strict=True):
             master.grad = gradient
-        self._optimizer.step()
+        self.optimizer.step()
         for name, master in self._masters.items():
             master.grad = None
             if master is not self._weights[name]:
@@ -106,7 +106,7 @@ class Replicated:
         return self._masters[name].detach()
 
     def moment(self, name: str, key: str) -> Tensor:
-        return cast(Tensor, self._optimizer.state[self._masters[name]][key])
+        return read_moment(self.optimizer, self._masters[name], key)
 
     @torch.no_grad()
     def set_value(self, name: str, value: Tensor) -> None:
@@ -114,10 +114,7 @@ class Replicated:
         self._weights[name].copy_(value)
 
     def set_moment(self, name: str, key: str, value: Tensor) -> None:
-        self.moment(name, key).copy_(value)
-
-    def optimizer_states(self) -> Iterator[dict[str, Any]]:
-        return iter(self._optimizer.state.values())
+        write_moment(self.optimizer, self._masters[name], key, value)
 
     def frozen_value(self, parameter: nn.Parameter) -> Tensor:
         return whole(parameter)

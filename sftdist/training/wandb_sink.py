@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import netrc
 import os
-import select
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +21,9 @@ from urllib.parse import urlsplit
 import wandb
 
 from sftdist.core.storage import read_json, write_json
+from sftdist.training.tail import Tail, final_state
 from sftdist.training.wandb_process import KEPT_OFFLINE, WandbSpec
 
-POLL_SECONDS = 0.5
 STEP = "trainer/step"
 PROBE, PROBE_STEP = "probe", "probe/step"
 
@@ -97,22 +96,6 @@ def init(spec: WandbSpec, mode: str) -> wandb.Run:
     )
 
 
-class Tail:
-    """Reads the whole lines that were appended to a file since the last look."""
-
-    def __init__(self, path: Path, offset: int) -> None:
-        self._path, self.offset = path, offset
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        with self._path.open("rb") as file:
-            file.seek(self.offset)
-            for text in file:
-                if not text.endswith(b"\n"):
-                    return
-                self.offset += len(text)
-                yield json.loads(text)
-
-
 class Probes:
     """What a watch finds of the run's checkpoints, on a step of its own: it is found later than the steps that were
     trained meanwhile. How far the lines were logged is kept in a file: the next process of the run goes on there."""
@@ -139,14 +122,6 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line under their own names, `step` as our axis."""
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
     return {STEP: line["step"], **numbers} if "step" in line else numbers
-
-
-def final_state(parent: int) -> str:
-    """Wait a moment; then the state that the trainer wrote to us, "crashed" if it is gone, "" if it goes on."""
-    ready, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-    if ready:
-        return sys.stdin.readline().strip() or "crashed"
-    return "" if os.getppid() == parent else "crashed"
 
 
 def has_key(environment: Mapping[str, str]) -> bool:

@@ -199,7 +199,7 @@ def another_scaling(parts: Parts, world: World) -> Parts:
 def low_moments(parts: Parts, world: World) -> Parts:
     """An optimizer that keeps its second moments in bfloat16."""
     parts.trained.engine.dtypes()  # makes them
-    for state in parts.trained.engine._core.optimizer_states():
+    for state in parts.trained.engine._core.optimizer.state.values():
         state["exp_avg_sq"] = state["exp_avg_sq"].bfloat16()
     return parts
 

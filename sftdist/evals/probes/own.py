@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sftdist.core.errors import ConfigError
+from sftdist.core.extension import load_function
 from sftdist.data.rowerror import show
-from sftdist.data.rowfunction import load_function
 from sftdist.evals.metrics import Metric
 from sftdist.evals.prompts import Prompt
 

@@ -61,7 +61,7 @@ def test_a_step_outside_the_run_is_refused(step: int) -> None:
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match="cosine, linear or constant"):
         rate(20, "polynomial")
-    with pytest.raises(ValueError, match="adamw or sgd"):
+    with pytest.raises(ValueError, match="adamw, sgd or"):
         OptimizerSpec(name="lion").build([(nn.Parameter(torch.zeros(2)), True)])
 
 

@@ -90,7 +90,7 @@ def excerpt(shown: str, printed: str) -> tuple[str, list[str]]:
 
 
 def unrecorded(page: str, session: str) -> list[str]:
-    """Where a page and its session differ: its blocks, or a line that it shows and that was not printed as it stands."""
+    """Where a page and its session differ: its blocks, or lines that were not printed as they stand."""
     wanted, have = steps(page), recorded(session)
     if [step.words for step in wanted] != [words for words, _ in have]:
         return ["its commands are not those of the session"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the test extras, lint, check types and run the tests that this machine can run.
 #   bash launch/test.sh        what every change must pass, about 15 minutes on 2 cores
-#   bash launch/test.sh all    the long tests, too
+#   bash launch/test.sh all    the long tests, too, and the heart of them with the oldest and the newest torch and transformers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
@@ -16,6 +16,6 @@ export OMP_NUM_THREADS=1
 pytest=(-rfEs --hypothesis-profile=ci --durations=15 -n 2 --dist loadfile)
 case "${1:-}" in
 "") timeout --signal=INT --kill-after=30 2100 pytest "${pytest[@]}" ;;
-all) pytest "${pytest[@]}" -m "" ;;
+all) pytest "${pytest[@]}" -m "" && bash launch/matrix.sh ;;
 *) echo "given $1, required nothing or all" >&2 && exit 2 ;;
 esac

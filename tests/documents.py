@@ -10,7 +10,7 @@ import ast
 import re
 import shlex
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +40,8 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "slurm").glo
 PRESETS = sorted((ROOT / "conf").rglob("*.yaml"))
 
 PROGRAMS = ("sftdist", "torchrun", "python", "bash", "sbatch")
-FOREIGN = ("cd", "export", "squeue", "scancel")  # no program of ours, and none that could go stale
+# No program of ours, and none that could go stale.
+FOREIGN = ("cd", "export", "squeue", "scancel", "cat", "ls", "source")
 LANGUAGES = ("bash", "python", "yaml", "json", "jinja", "text", "")
 SUFFIXES = (".json", ".jsonl", ".yaml", ".py", ".sh", ".sbatch", ".log", ".safetensors", ".md", ".html")
 # In prose: a key with its section, with or without a value. In a comment: a command, up to two spaces.
@@ -87,6 +88,10 @@ SBATCH = (
     ),
     *("array", "signal", "dependency", "constraint", "exclusive", "job-name", "output", "parsable", "export"),
 )
+DOCKER = {
+    **dict.fromkeys(("-f", "-t", "-v", "--build-arg", "--gpus", "--shm-size", "--stop-timeout", "--user"), True),
+    "--rm": False,
+}
 
 
 @dataclass(frozen=True)
@@ -139,13 +144,21 @@ def _of_comments(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _commands(block: str) -> Iterator[str]:
-    """The logical lines of a block of shell, without comments."""
+    """The logical lines of a block of shell, without comments and without the text of a here-document."""
+    block = re.sub(r"(<<'(\w+)'.*\n)(?:.*\n)*?\2$", r"\1", block, flags=re.M)
     for line in re.sub(r"\\\n\s*", "", block).splitlines():
         if line.split("#")[0].strip():
             yield line
 
 
 # Checking
+
+
+def write_modules(folder: Path) -> None:
+    """The user's own modules of docs/extending.md: blocks of Python whose first line is their name."""
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"^```python\n# (my_\w+\.py)\n(.*?)^```$", text, re.M | re.S):
+        (folder / name).write_text(code, encoding="utf-8")
 
 
 class Workshop:
@@ -155,6 +168,7 @@ class Workshop:
         for name in ("model", "data", "stores"):
             (folder / name).mkdir()
         (folder / "my.jsonl").touch()
+        write_modules(folder)
         patch.chdir(folder)
         for variable in ("RANK", "SLURM_JOB_ID", "SFTDIST_DATA"):
             patch.delenv(variable, raising=False)
@@ -358,7 +372,50 @@ def _pip(words: Sequence[str]) -> None:
             raise _Wrong(f"there is no extra {extra}")
 
 
+def _docker(words: Sequence[str]) -> None:
+    """`docker build` of our file, or `docker run` of the image whose entry point is `sftdist`."""
+    action, *rest = words
+    rest = _without_options(rest, "docker", DOCKER)
+    if action == "run" and rest[:1] == ["sftdist"]:
+        _sftdist(rest[1:])
+    elif action != "build" or "launch/Dockerfile" not in words or rest != ["."]:
+        raise _Wrong("required docker build -f launch/Dockerfile ... . or docker run ... sftdist COMMAND")
+
+
+def _apptainer(words: Sequence[str]) -> None:
+    action, *rest = words
+    rest = _without_options(rest, "apptainer", {"--nv": False, "--bind": True})
+    if action == "exec" and rest[1:2] == ["sftdist"]:
+        _sftdist(rest[2:])
+    elif action == "run" and len(rest) > 1:
+        _sftdist(rest[1:])
+    elif action != "build" or len(rest) != 2 or not (ROOT / rest[1]).is_file():
+        raise _Wrong("required apptainer build IMAGE.sif FILE, or exec IMAGE.sif sftdist COMMAND")
+
+
+def _without_options(words: Sequence[str], program: str, known: Mapping[str, bool]) -> list[str]:
+    """The words behind the options; `known`: whether one takes a value."""
+    rest = list(words)
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
+        if option not in known:
+            raise _Wrong(f"tests/documents.py does not know {program}'s {option}; add it where it exists")
+        if known[option]:
+            rest.pop(0)
+    return rest
+
+
+def _pytest(words: Sequence[str]) -> None:
+    missing = [word for word in words if "/" in word and not (ROOT / word.partition("::")[0]).exists()]
+    if missing:
+        raise _Wrong(f"there is no {missing[0]}")
+
+
 _RUNNERS = {
+    "docker": _docker,
+    "apptainer": _apptainer,
+    "pytest": _pytest,
+    "python3": _python_command,
     "sftdist": _sftdist,
     "torchrun": _torchrun,
     "python": _python_command,

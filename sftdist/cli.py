@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("sftdist.evaluate", "the tuned model against its base, on prompts that neither has seen"),
     "publish": ("sftdist.publish", "the gate on the locked holdout, then a numbered release"),
     "monitor": ("sftdist.monitor", "live traffic against what a release was made for"),
+    "chat": ("sftdist.commands.chat", "talk to a model, and to its base beside it; --once for scripts"),
     "export": ("sftdist.commands.export", "any checkpoint of a run as a verified Hugging Face folder, on one CPU"),
     "runs": ("sftdist.commands.runs", "the runs of a folder, and the checkpoints of a run"),
     "inspect": ("sftdist.commands.inspect", "what is trained, token by token"),

@@ -47,6 +47,12 @@ def identify(folder: Path) -> ModelFacts:
     return ModelFacts(str(folder), sha256_json(hashes), hashes)
 
 
+def require_model(folder: Path) -> None:
+    """Raises ConfigError where a folder holds neither a model nor an adapter; reads no weights."""
+    for _ in _deciding(folder):
+        pass
+
+
 def weights_sha256(facts: ModelFacts) -> str:
     """SHA-256 over the weights alone: equal for two folders that differ in tokenizer, template or settings only."""
     return sha256_json(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from sftdist.evals.backends.interface import Ids
 from sftdist.evals.identity import adapter_base
@@ -27,6 +28,23 @@ def load_model(folder: Path, *, dtype: str, device: torch.device, rows: int) -> 
     if model.get_input_embeddings().weight.shape[0] < rows:
         grow_vocabulary(model, rows)
     return model.to(device)
+
+
+class _Teller(BaseStreamer):
+    """Passes new ids on, one at a time; transformers begins with the prompt."""
+
+    def __init__(self, prompt: int, tell: Callable[[int], None]) -> None:
+        self._left, self._tell = prompt, tell
+
+    def put(self, value: torch.Tensor) -> None:
+        for token in value.flatten().tolist():
+            if self._left:
+                self._left -= 1
+            else:
+                self._tell(token)
+
+    def end(self) -> None:
+        """Whoever asked knows that it has ended."""
 
 
 class HfEngine:
@@ -51,6 +69,18 @@ class HfEngine:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         output = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
         return [self._cut(new) for new in output[:, width:].tolist()]
+
+    @torch.inference_mode()
+    def told(self, prompt: Ids, max_new_tokens: int, tell: Callable[[int], None]) -> Ids:
+        """What `continued` says to this prompt alone; `tell` gets each id as soon as it is known, the stop id, too."""
+        ids = torch.tensor([list(prompt)], device=self._model.device)
+        output = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=_Teller(len(prompt), tell),
+        )
+        return self._cut(output[0, len(prompt) :].tolist())
 
     def _cut(self, ids: list[int]) -> Ids:
         """Without the padding after the first stop id."""

@@ -12,10 +12,12 @@ from pathlib import Path
 from sftdist.commands.migrate_peers.account import Account, Kind
 from sftdist.commands.migrate_peers.page import experiment, report, table
 from sftdist.commands.migrate_peers.peers import PEERS, migrate, whose
+from sftdist.commands.migrate_peers.rule import Peer
 from sftdist.core.errors import ConfigError
 from sftdist.core.mix import expand
 from sftdist.core.rules import check
 from sftdist.core.settings import TrainConfig
+from sftdist.core.shipped import shipped_folder
 from sftdist.core.snapshot import read_values, read_yaml
 from sftdist.core.storage import write_text
 
@@ -65,14 +67,12 @@ def _migrate(given: argparse.Namespace) -> int:
         raise ConfigError("given no file; required a YAML file of Axolotl, LLaMA-Factory or TRL")
     if not given.file.is_file():
         raise ConfigError(f"{given.file}: not there; give the YAML file that the peer trains with")
-    name = given.name or _name(given.file)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ConfigError(f"--name: given {name!r}, required letters, digits, '_' and '-'")
+    values = read_yaml(given.file)
+    peer = PEERS[given.peer] if given.peer else whose(values)
+    name = _checked(given.name) if given.name else _name(given.file, peer)
     target = given.folder / "conf" / "exp" / f"{name}.yaml"
     if target.exists() and not given.force:
         raise ConfigError(f"{target}: is there already; give another --name, or --force to replace it")
-    values = read_yaml(given.file)
-    peer = PEERS[given.peer] if given.peer else whose(values)
     account = migrate(values, peer, folder=Path(), gpus=given.gpus)
     unknown = [note.key for note in account.notes if note.kind is Kind.unknown]
     _look_over(account)
@@ -90,8 +90,22 @@ def _migrate(given: argparse.Namespace) -> int:
     return TO_DO if account.needs else 0
 
 
-def _name(file: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", file.name.partition(".")[0]).strip("_-") or "migrated"
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ConfigError(f"--name: given {name!r}, required letters, digits, '_' and '-'")
+    if name in _shipped():
+        raise ConfigError(f"--name: given {name}, the name of a preset that sftdist brings; give another")
+    return name
+
+
+def _name(file: Path, peer: Peer) -> str:
+    """The file's; `lora.yml` is a common one, and +exp=lora would find the preset of that name first."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", file.name.partition(".")[0]).strip("_-") or "migrated"
+    return f"{name}_{peer.name}" if name in _shipped() else name
+
+
+def _shipped() -> set[str]:
+    return {path.stem for path in (shipped_folder("conf") / "exp").glob("*.yaml")}
 
 
 def _look_over(account: Account) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sftdist.commands.migrate_peers.account import Account, Kind, is_on
+from sftdist.commands.migrate_peers.account import Account, Kind, is_on, mapping, number
 from sftdist.commands.migrate_peers.adapting import (
     alpha,
     bits,
@@ -21,6 +21,7 @@ from sftdist.commands.migrate_peers.reporting import output_dir, run_name
 from sftdist.commands.migrate_peers.rule import HELD_OUT, NONE, Peer, Rule, same
 from sftdist.commands.migrate_peers.stepping import duration, evaluating, length, overlong, saving, seed, step_size
 
+_ADDED = "additional_special_tokens"
 OWN_TEMPLATES = ("chatml", "llama3")  # those that the package brings
 
 
@@ -82,14 +83,14 @@ def _special_tokens() -> Rule:
             if account.has("special_tokens"):
                 account.left("special_tokens", f"given {given}; the tokenizer's own are taken")
             return
-        if not {key for key, value in given.items() if value} - {"pad_token"}:
-            account.unneeded("special_tokens", "a token to pad with; packs are not padded")
-            return
-        if given.get("additional_special_tokens"):
-            account.left("special_tokens", "additional_special_tokens; model.add_tokens adds tokens")
-        named = ", ".join(key for key in ("bos_token", "eos_token", "unk_token") if given.get(key))
+        named = [str(key) for key, value in given.items() if value and key not in ("pad_token", _ADDED)]
+        if given.get(_ADDED):
+            account.left("special_tokens", f"{_ADDED}; model.add_tokens adds tokens")
         if named:
-            account.differs("special_tokens", f"{named}; the tokenizer's and the chat template's own are taken here")
+            text = f"{', '.join(named)}; the tokenizer's and the chat template's own are taken here"
+            account.differs("special_tokens", text)
+        if not named and not given.get(_ADDED):
+            account.unneeded("special_tokens", "a token to pad with; packs are not padded")
 
     return Rule(("special_tokens",), NONE, "the tokenizer's own; nothing is padded", apply)
 
@@ -145,7 +146,7 @@ _MODEL = (
     same("model_revision", "model.revision", _text),
     same("tokenizer_config", "model.tokenizer", _tokenizer_folder),
     _chat_template(),
-    same("chat_template_kwargs", "model.template_args", lambda key, value: dict(value)),
+    same("chat_template_kwargs", "model.template_args", mapping),
     _special_tokens(),
 )
 _ADAPTER = of_adapters(
@@ -158,7 +159,7 @@ _ADAPTER = of_adapters(
         ),
         rank("lora_r", default=8),
         alpha("lora_alpha", default=16.0),
-        same("lora_dropout", "tune.dropout", lambda key, value: float(value)),
+        same("lora_dropout", "tune.dropout", number),
         target("lora_target_modules", default="all-linear", all_key="lora_target_linear"),
         same("peft_use_dora", "tune.dora", lambda key, value: is_on(value)),
         same("peft_use_rslora", "tune.rslora", lambda key, value: is_on(value)),

@@ -105,19 +105,28 @@ def fsdp(*further: str) -> Rule:
     return Rule(("fsdp", "fsdp_config", *further), "zero.stage=3", "fully sharded is ZeRO 3", apply)
 
 
-def recomputation(key: str, *, default: bool, further: tuple[str, ...] = (), inverted: bool = False) -> Rule:
-    """Recomputed activations; the bits are the same. `inverted`: the key switches it off."""
+def recomputation(
+    key: str,
+    *,
+    default: bool,
+    further: tuple[str, ...] = (),
+    earlier: str | None = None,
+    inverted: bool = False,
+) -> Rule:
+    """Recomputed activations; the bits are the same. `earlier`: the key's earlier name; `inverted`: it switches off."""
+    names = (key, earlier) if earlier else (key,)
 
     def apply(account: Account) -> None:
-        found = is_on(account.get(key, default)) != (inverted and account.has(key))
-        if account.has(key):
-            account.carry(key, "model.activation_checkpointing", found)
-        elif default:
+        given = account.first(names)
+        found = default if given is None else is_on(account.get(given)) != inverted
+        if given is None and default:
             account.default(key, "model.activation_checkpointing", True)
+        for name in filter(account.has, names):
+            account.carry(name, "model.activation_checkpointing", found)
         for name in filter(account.has, further):
             account.unneeded(name, "how it goes about it; the bits are the same")
 
-    return Rule((key, *further), "model.activation_checkpointing", "the same", apply)
+    return Rule((*names, *further), "model.activation_checkpointing", "the same", apply)
 
 
 def compilation(*further: str) -> Rule:

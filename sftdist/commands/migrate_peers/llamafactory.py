@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sftdist.commands.migrate_peers.account import Account, Kind, is_on, whole
+from sftdist.commands.migrate_peers.account import Account, Kind, is_on, number, whole
 from sftdist.commands.migrate_peers.adapting import (
     alpha,
     bits,
@@ -136,7 +136,7 @@ _ADAPTER = of_adapters(
         nested_quantisation("double_quantization", default=True),
         rank("lora_rank", default=8),
         alpha("lora_alpha"),
-        same("lora_dropout", "tune.dropout", lambda key, value: float(value)),
+        same("lora_dropout", "tune.dropout", number),
         target("lora_target", default="all-linear"),
         same("use_rslora", "tune.rslora", _on),
         same("use_dora", "tune.dora", _on),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftdist.commands.migrate_peers.account import Account, Kind, is_on, mapping, wrong
+from sftdist.commands.migrate_peers.account import Account, Kind, is_on, mapping, number, whole, wrong
 from sftdist.commands.migrate_peers.adapting import (
     USUAL,
     alpha,
@@ -83,11 +83,11 @@ def _mixture() -> Rule:
         found = account.get("datasets")
         if not isinstance(found, list):
             raise wrong("datasets", found, "a list of datasets, each with a path")
-        for number, entry in enumerate(found):
-            inner = account.below(mapping(f"datasets[{number}]", entry))
+        for position, entry in enumerate(found):
+            inner = account.below(mapping(f"datasets[{position}]", entry))
             inner.values, inner.origins = account.values, account.origins
             _mixed(inner)
-            account.take_in(inner, f"datasets[{number}]")
+            account.take_in(inner, f"datasets[{position}]")
         account.note(Kind.carried, "datasets", f"data.sources: {', '.join(account.values.get('data.sources', {}))}")
 
     return Rule(("datasets",), "data.sources", "each entry is a source", apply)
@@ -221,7 +221,7 @@ _ADAPTER = of_adapters(
         nested_quantisation("use_bnb_nested_quant", default=False),
         rank("lora_r", default=16),
         alpha("lora_alpha", default=32.0),
-        same("lora_dropout", "tune.dropout", lambda key, value: float(value), default=0.05),
+        same("lora_dropout", "tune.dropout", number, default=0.05),
         target("lora_target_modules", default=USUAL),
         same("use_rslora", "tune.rslora", _on),
         same("use_dora", "tune.dora", _on),
@@ -239,9 +239,10 @@ _STEP = (
     deepspeed(),
     fsdp(),
     recomputation(
-        "gradient_checkpointing",
+        "activation_checkpointing",
         default=True,
-        further=("gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs"),
+        earlier="gradient_checkpointing",
+        further=("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     ),
     compilation("torch_compile_backend", "torch_compile_mode"),
 )
@@ -284,7 +285,12 @@ def _older_names() -> Rule:
             if account.has("max_length"):
                 account.unneeded("max_seq_length", "max_length decides")
             else:
-                account.carry("max_seq_length", "data.max_len", int(account.get("max_seq_length")), "now max_length")
+                account.carry(
+                    "max_seq_length",
+                    "data.max_len",
+                    whole("max_seq_length", account.get("max_seq_length")),
+                    "now max_length",
+                )
 
     return Rule(("max_seq_length",), "data.max_len", "the earlier name of max_length", apply)
 

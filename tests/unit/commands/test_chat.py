@@ -1,4 +1,4 @@
-"""`sftdist chat`: who is talked to, what `--once` prints, what the terminal does, and every mistake with its message."""
+"""`sftdist chat`: who is talked to, what `--once` prints, what the terminal does, and each mistake with its message."""
 
 from __future__ import annotations
 

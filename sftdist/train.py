@@ -65,8 +65,10 @@ from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.own_code import own_code_found
 from sftdist.training.planned_model import cost_model
+from sftdist.training.profiling import profile_of
 from sftdist.training.retention import Keep
 from sftdist.training.schedule import rate_of
+from sftdist.training.shortage import shortage_explained
 from sftdist.training.startup import run_checks
 from sftdist.training.tracking import Tracker, evaluated, open_tracker, standing
 from sftdist.training.wandb_process import wandb_of
@@ -180,6 +182,7 @@ def run_settled(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None)
         watched = session(report=partial(agent.report, run_dir), lost_seconds=lost, hang_seconds=hang)
         world = stack.enter_context(watched)
         stack.enter_context(disk_explained(run_dir))
+        stack.enter_context(shortage_explained(cfg, world))
         result = train(cfg, opening, world, stop, run_dir)
         if world.is_main:  # below the bar, and after what W&B had to say
             print(ending(run_dir, result.state, result.step), flush=True)
@@ -310,16 +313,19 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
     rate = rate_of(cfg.optimizer, job.steps)
     batches = validation_batches(cfg, job.corpus, world)
     names = [store.name for store in validation_sources(job.corpus)]
+    profile = profile_of(cfg.train.profile, job.steps, state.step, job.run_dir, world, job.say)
     if not batches and cfg.eval.every_steps and world.is_main:
         print("no validation rows: nothing is evaluated (data.val, data.val_fraction)", flush=True)
 
     def begin(step: Step) -> None:
         world.progress.begin_step(step.step + 1, step.row_ids)
         tracker.rows_of(step.step + 1, step.row_ids)
+        profile.begin(step.step + 1)
         if world.is_main and step.step + 1 == job.steps:  # its imports take longer than to export a small model
             job.check.start(adapter=is_adapter_alone(engine, export_spec(job, job.steps)))
 
     def track(state: TrainState, done: StepDone) -> None:
+        profile.end(state.step)
         tracker.report({"kind": "train", **meter.line(facts(state, done, world))})
 
     def save(state: TrainState) -> None:
@@ -344,7 +350,8 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
         return state, True
     calls = Calls(lambda: Flags(job.stop.requested, checkpoints.failed), begin, track, save, checkpoints.wait, evaluate)
     try:
-        state, stopped = run_steps(engine, loader, world, spec, state, calls)
+        with profile:
+            state, stopped = run_steps(engine, loader, world, spec, state, calls)
     except TrainingError as error:  # raised by every rank at the same step: the save under way can end
         try:
             checkpoints.wait()

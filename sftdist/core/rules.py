@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sftdist.core.migrations import version_issue
@@ -89,6 +89,7 @@ WORDS = {
     "lock": ("write", "extend", "withdraw"),
     "split": ("validation", "holdout"),
 }
+PROFILED = 50  # steps
 PLAN_OUTPUT = ("terminal", "json")
 PLAN_FILES = (".html", ".svg", ".json")
 STEP_SIZES = ("train.packs_per_step", "train.tokens_per_step", "train.conversations_per_step")
@@ -265,6 +266,17 @@ def _steps(cfg: TrainConfig) -> Iterator[str]:
     pack = pack or cfg.data.max_len
     if train.tokens_per_step is not None and train.tokens_per_step < pack:
         yield f"train.tokens_per_step: given {train.tokens_per_step}, required at least one pack, {pack} tokens"
+    yield from _profile(train.profile)
+
+
+def _profile(steps: Sequence[int]) -> Iterator[str]:
+    """A trace takes some MiB for a step of a small model, some hundred for a large one."""
+    if not steps:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+        yield f"train.profile: given {shown(steps)}, required [FIRST,LAST], two steps counted from 1, as in [10,12]"
+    elif steps[1] - steps[0] >= PROFILED:
+        yield f"train.profile: given {steps[1] - steps[0] + 1} steps, required at most {PROFILED}: a trace is large"
 
 
 def _engine(cfg: TrainConfig) -> Iterator[str]:

@@ -275,6 +275,7 @@ class TrainSettings:
     loss: str | None = None  # package.module:function, (logits, targets) -> a loss per token; default: cross-entropy
     loss_args: dict[str, Any] = field(default_factory=dict)
     hooks: list[str] = field(default_factory=list)  # package.module:name, told of each step and checkpoint
+    profile: list[int] = field(default_factory=list)  # [first,last]: steps of which every rank writes a trace
 
 
 @dataclass(kw_only=True)

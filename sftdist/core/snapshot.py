@@ -26,7 +26,7 @@ NOT_HASHED = (
 )
 # And these keys of sections that count: a layer that is recomputed gives the same bits as one that was kept, so a run
 # may resume where there is less memory.
-NOT_HASHED_KEYS = ("model.activation_checkpointing", "model.recompute_layers", "train.hooks")
+NOT_HASHED_KEYS = ("model.activation_checkpointing", "model.recompute_layers", "train.hooks", "train.profile")
 IDENTITY = ("run.dir", "run.name")
 SECTIONS = tuple(item.name for item in fields(TrainConfig))
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import TrainingError
 from sftdist.data.loader import Loader, Step
 from sftdist.training.engine import Engine, StepOutcome
+from sftdist.training.profiling import PASSES, UPDATE
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,13 @@ def update(
 ) -> tuple[StepLosses, StepOutcome]:
     """One optimizer step. An fp16 overflow halves the loss scale and leaves the weights: the same packs run again."""
     while True:
-        losses = run_micro_batches(engine, step, world, flags)
+        with record_function(PASSES):
+            losses = run_micro_batches(engine, step, world, flags)
         require_finite(losses, step)
         world.progress.note("updating the weights")
         try:
-            outcome = engine.step(lr)
+            with record_function(UPDATE):
+                outcome = engine.step(lr)
         except TrainingError as error:
             raise TrainingError(f"{error} {named_rows(step)}") from error
         if outcome.applied:

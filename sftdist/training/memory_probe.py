@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from sftdist.core import memory
 from sftdist.core.distributed import World
+from sftdist.core.errors import StartupError
 from sftdist.core.settings import TrainConfig
 from sftdist.data.corpus import Corpus
 from sftdist.data.loader import Batch, Document, pack_documents
@@ -19,10 +19,10 @@ from sftdist.model import cost
 from sftdist.model.checks import is_mixture
 from sftdist.training.build import Trained, memory_setup
 from sftdist.training.meter import memory_gib
-from sftdist.training.startup import LocalFailure, advice, check_gradients, compare_memory, ranks_of_this_host
+from sftdist.training.shortage import available_bytes, ran_out_of_memory, reason_of, shortage
+from sftdist.training.startup import LocalFailure, check_gradients, compare_memory
 
 CANDIDATES = 2048  # conversations per source looked at for the costliest pack
-SMALLER = 0.8  # of what was predicted: what overrides aim at after the prediction has proved too low
 
 
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:
@@ -30,13 +30,7 @@ def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained
     a gradient? Raises LocalFailure on a rank that runs out of memory, with the overrides that would fit."""
     batch = costliest_pack(corpus, plan.spec.pack_tokens)
     trainable = trained.coverage.trainable if trained.coverage else None
-    setup = memory_setup(cfg, stage=cfg.zero.stage, world=world.size, trainable=trainable, device=world.device.type)
-    mapping = trained.config.to_dict()
-    available = available_bytes(world)
-    parts = cost.memory(mapping, setup)
-    predicted = cost.total(parts)
-    fixes = partial(cost.cheapest_overrides, mapping, setup, max_len=cfg.data.max_len, lora_r=cfg.tune.r)
-    module = trained.engine.module
+    module, mapping = trained.engine.module, trained.config.to_dict()
     reason = None
     with gradients_reached(module) as reached:
         try:
@@ -44,24 +38,20 @@ def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
-            reason = str(error).strip().split("\n")[0]
+            reason = reason_of(error)
     if reason is not None:  # outside of the handler: the error held on to every tensor of the failed pass
-        aim = min(available, cost.total({part: SMALLER * size for part, size in parts.items()}))
-        raise LocalFailure(
-            f"memory: rank {world.rank} cannot hold the costliest pack of {len(batch.ids):,} tokens ({reason}); "
-            f"{available / cost.GIB:.1f} GiB are there, {predicted / cost.GIB:.1f} GiB were predicted. "
-            f"{advice(fixes(aim))}"
-        )
-    measured = memory_gib(world.device) * cost.GIB
-    used = compare_memory(predicted, measured, available, fixes(available))
+        happened = f"rank {world.rank} cannot hold the costliest pack of {len(batch.ids):,} tokens ({reason})"
+        raise LocalFailure(shortage(cfg, mapping, world, happened, trainable=trainable))
+    setup = memory_setup(cfg, stage=cfg.zero.stage, world=world.size, trainable=trainable, device=world.device.type)
+    predicted = cost.total(cost.memory(mapping, setup))
+    measured, available = memory_gib(world.device) * cost.GIB, available_bytes(world)
+    if measured > available:
+        happened = f"{measured / cost.GIB:.2f} GiB were measured on the costliest pack"
+        raise StartupError(shortage(cfg, mapping, world, happened, trainable=trainable, measured=measured))
+    used = compare_memory(predicted, measured, available)
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     has_other_parts = trained.config.get_text_config(decoder=True) is not trained.config
     return f"{used}; {check_gradients(names, reached, is_mixture(trained.config) or has_other_parts)}"
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Of the device or the host. Torch's allocator for the CPU has no class for it, only words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -82,13 +72,6 @@ def gradients_reached(module: nn.Module) -> Iterator[set[str]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def available_bytes(world: World) -> float:
-    """Memory that one rank may use: its GPU, or its part of the host."""
-    if world.device.type == "cuda":
-        return float(torch.cuda.get_device_properties(world.device).total_memory)
-    return memory.total_bytes() / ranks_of_this_host(world)
 
 
 def costliest_pack(corpus: Corpus, pack_tokens: int) -> Batch:

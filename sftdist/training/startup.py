@@ -206,18 +206,7 @@ def check_grace(seconds: float, grace_seconds: float, torchrun_seconds: float | 
     return f"about {seconds:.1f} s of {least:.0f} s grace"
 
 
-def compare_memory(
-    predicted_bytes: float, measured_bytes: float, available_bytes: float, fixes: Sequence[str] | None
-) -> str:
-    """Predicted against measured memory on the costliest pack; refuses when it would not fit."""
+def compare_memory(predicted_bytes: float, measured_bytes: float, available_bytes: float) -> str:
+    """Predicted against measured memory on the costliest pack, where it fits."""
     figures = f"predicted {predicted_bytes / GIB:.2f} GiB, measured {measured_bytes / GIB:.2f} GiB"
-    if measured_bytes > available_bytes:
-        raise StartupError(f"memory: {figures}, but only {available_bytes / GIB:.2f} GiB are there. {advice(fixes)}")
     return f"{figures} of {available_bytes / GIB:.1f} GiB on the costliest pack"
-
-
-def advice(fixes: Sequence[str] | None) -> str:
-    """The end of a message about memory: what to set."""
-    if not fixes:
-        return "No override is known that would fit: use more ranks, or GPUs with more memory."
-    return f"Cheapest overrides that would fit: {'; '.join(fixes)}"

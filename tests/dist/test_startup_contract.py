@@ -357,7 +357,7 @@ def test_a_rank_out_of_memory_ends_all_with_the_overrides_that_would_fit(home: P
     assert took < 30, "a forward and backward, and the seconds in which a failure is heard of"
     assert "memory: rank 1 cannot hold the costliest pack of" in screen
     assert "can't allocate memory" in screen
-    assert "Cheapest overrides that would fit: " in screen
+    assert "The cheapest overrides that would fit:" in screen
     assert "train.pack_tokens=1024" in screen
     assert not list((home / "run-small").glob("checkpoints/step-*"))
 

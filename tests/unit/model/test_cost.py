@@ -13,7 +13,6 @@ from sftdist.model.cost import (
     GIB,
     Setup,
     attention_terms,
-    cheapest_overrides,
     dense_flops,
     head_flops,
     lora_parameters,
@@ -123,25 +122,3 @@ def test_each_zero_stage_divides_one_more_part() -> None:
 def test_float32_has_masters_where_deepspeed_makes_them() -> None:
     found = [memory(LLAMA_8B, Setup(stage=stage, world=1, pack_tokens=8192, precision="fp32")) for stage in (0, 1)]
     assert [sizes["masters"] / parameters(LLAMA_8B).total for sizes in found] == [0, 4]
-
-
-def test_overrides_that_fit_are_found_in_order_of_their_cost() -> None:
-    setup = Setup(stage=0, world=8, pack_tokens=8192)
-    assert cheapest_overrides(LLAMA_8B, setup, 1e15, max_len=4096) == []
-    assert cheapest_overrides(LLAMA_8B, setup, 120 * GIB, max_len=4096) == ["zero.stage=2"]
-    assert cheapest_overrides(LLAMA_8B, setup, 24 * GIB, max_len=4096) == [
-        "model.loss_chunk=512",
-        "train.pack_tokens=4096",
-        "model.activation_checkpointing=true",
-        "zero.stage=3",
-        "zero.offload=optimizer",
-    ]
-    assert cheapest_overrides(LLAMA_8B, setup, 1 * GIB, max_len=4096) is None
-
-
-def test_lora_fits_on_one_gpu_where_full_tuning_does_not() -> None:
-    setup = Setup(stage=0, world=1, pack_tokens=8192)
-    assert total(memory(LLAMA_8B, setup)) > 80 * GIB
-    found = cheapest_overrides(LLAMA_8B, setup, 40 * GIB, max_len=8192)
-    assert found is not None
-    assert "tune.method=lora" in found

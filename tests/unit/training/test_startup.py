@@ -13,7 +13,8 @@ from sftdist.core.distributed import World
 from sftdist.core.errors import ConfigError, DataError, StartupError
 from sftdist.core.settings import CheckpointSettings
 from sftdist.model.loss import LossModel
-from sftdist.training.memory_probe import gradients_reached, ran_out_of_memory
+from sftdist.training.memory_probe import gradients_reached
+from sftdist.training.shortage import ran_out_of_memory
 from sftdist.training.startup import (
     Check,
     Supervision,
@@ -25,7 +26,6 @@ from sftdist.training.startup import (
     check_gradients,
     check_rows,
     check_supervision,
-    compare_memory,
     run_checks,
     same_on_every_rank,
 )
@@ -161,13 +161,6 @@ def test_a_save_longer_than_torchrun_waits_is_refused() -> None:
     with pytest.raises(StartupError, match=r"kills its ranks 30 s after.*--shutdown-timeout 300"):
         check_grace(100.0, 300.0, 30.0)
     assert check_grace(20.0, 300.0, 30.0) == "about 20.0 s of 30 s grace"
-
-
-def test_a_pack_that_does_not_fit_names_the_overrides() -> None:
-    with pytest.raises(StartupError, match=r"would fit: zero\.stage=3"):
-        compare_memory(90 * 2.0**30, 95 * 2.0**30, 80 * 2.0**30, ["zero.stage=3"])
-    with pytest.raises(StartupError, match="No override is known that would fit: use more ranks"):
-        compare_memory(90 * 2.0**30, 95 * 2.0**30, 80 * 2.0**30, None)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,6 @@ from sftdist.release.hub import CARD, push, require_card
 from sftdist.release.registry import Draft, Entries
 from sftdist.release.rule import Against
 from sftdist.release.soundness import Training, faults
-from sftdist.training.ending import LEDGER
 from sftdist.training.offline import OUTLINE
 
 T = TypeVar("T")
@@ -316,7 +315,7 @@ class Publisher:
     def _ledger(self) -> Mapping[str, Any]:
         """The last line of the run in the ledger beside its directory."""
         run_dir = Path(str(self.cfg.run.dir))
-        lines = [line for line in ledger.read(run_dir.parent / LEDGER) if line.get("run") == self.cfg.run.name]
+        lines = [line for line in ledger.read(run_dir.parent / ledger.FILE) if line.get("run") == self.cfg.run.name]
         return lines[-1] if lines else {}
 
     def _write_profile(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from sftdist.core.storage import read_manifest
 from sftdist.core.sweep import DEFAULT_METRIC
 from sftdist.evals.advice import main_metric
 from sftdist.evals.report import REPORT, EvalReport
-from sftdist.release.gate import DECISION, Decision, Outcome
+from sftdist.release.gate import DECISION, Decision
 
 # Runs are chosen by what they do on the validation split: a holdout that is used to choose is none any more.
 SPLIT = "validation"
@@ -50,7 +50,7 @@ def read_run(run_dir: Path, label: str) -> Run:
     decision = Decision.read(folder / DECISION) if (folder / DECISION).is_file() else None
     if decision is not None and decision.report != report.sha256:
         return Run(label, facts, state, report, None, STALE_GATE)
-    return Run(label, facts, state, report, decision, _gate(decision))
+    return Run(label, facts, state, report, decision, NO_GATE if decision is None else decision.in_short())
 
 
 def _exported_again(report: EvalReport) -> bool:
@@ -61,16 +61,6 @@ def _exported_again(report: EvalReport) -> bool:
     except (OSError, ValueError):  # removed since, or it never had one: nothing speaks against the report
         return False
     return any(name in entries and entries[name]["sha256"] != sha for name, sha in report.tuned.files.items())
-
-
-def _gate(decision: Decision | None) -> str:
-    if decision is None:
-        return NO_GATE
-    if decision.passed:
-        return "passed"
-    outcomes = [verdict.outcome for verdict in decision.verdicts]
-    counts = {outcome: outcomes.count(outcome) for outcome in (Outcome.failed, Outcome.refused)}
-    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "refused"
 
 
 # --- figures ------------------------------------------------------------------------------------------

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftdist.commands.runs_list import as_json, is_run, lines_of, listed
 from sftdist.core import snapshot
-from sftdist.core.agent import FAILED, STATUS, read_status
+from sftdist.core.agent import FAILED
 from sftdist.core.errors import ConfigError
-from sftdist.core.lock import holder
 from sftdist.core.storage import verify_directory
 from sftdist.core.table import columns
 from sftdist.training.checkpoint_files import FOLDER, CheckpointInfo, age, checkpoints_in
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(["list", *words] if words[:1] not in (["list"], ["-h"], ["--help"]) else words)
     if not given.folder.is_dir():
         parser.error(f"{given.folder}: there is no such folder; give the one that holds your run directories")
-    show_runs(given.folder)
+    show_runs(given.folder, in_json=given.json)
     return 0
 
 
@@ -50,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         description="The runs of a folder; sftdist runs FOLDER is short for sftdist runs list FOLDER.",
     )
     commands = parser.add_subparsers(required=True)
-    listing = commands.add_parser("list", help="every run below a folder: state, step, exit code, age, reason")
+    listing = commands.add_parser("list", help="every run below a folder, and those of its ledger that are gone")
     listing.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="default: runs")
+    listing.add_argument("--json", action="store_true", help="the same as JSON, with all that is known")
     checkpoints = commands.add_parser(
         _CHECKPOINTS,
         help="every checkpoint of a run, verified",
@@ -63,41 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / snapshot.FILE).is_file()
-
-
-def show_runs(folder: Path) -> None:
+def show_runs(folder: Path, *, in_json: bool = False) -> None:
     """A line per run below `folder` (or of `folder`, where it is one), the one that changed last at the end."""
-    found = [folder] if is_run(folder) else [path for path in folder.iterdir() if is_run(path) or _has_status(path)]
+    found = listed(folder)
+    if in_json:
+        print(json.dumps(as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
+        return
     if not found:
         print(f"no run below {folder}")
-        return
-    rows = [_run_row(path) for path in sorted(found, key=_changed)]
-    for line in columns([("run", "state", "step", "code", "age", "reason"), *rows]):
-        print(line.rstrip())
-
-
-def _run_row(run_dir: Path) -> tuple[str, ...]:
-    status, changed = read_status(run_dir), age(time.time() - _changed(run_dir))
-    if status is None:
-        return (run_dir.name, "not started", "", "", changed, "")
-    state, code, reason = status["state"], str(status["code"]), str(status["reason"])
-    if state == "running":
-        user, code = holder(run_dir), ""
-        state, reason = ("running", f"by {user}") if user else ("ended", "without a word; run it again to go on")
-    step = "" if status["step"] is None else str(status["step"])
-    return (run_dir.name, state, step, code, changed, reason.partition("\n")[0])
-
-
-def _has_status(run_dir: Path) -> bool:
-    return (run_dir / STATUS).is_file()
-
-
-def _changed(run_dir: Path) -> float:
-    """When a run last said something, in seconds since 1970."""
-    names = (STATUS, "metrics.jsonl", snapshot.FILE)
-    return max(path.stat().st_mtime for name in names if (path := run_dir / name).is_file())
+    for line in lines_of(found) if found else ():
+        print(line)
 
 
 def show_checkpoints(run_dir: Path, *, fast: bool = False) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,29 @@ def last_figures(run_dir: Path) -> dict[str, float]:
     for line in lines(run_dir):
         found |= {key: known for key, value in line.items() if (known := number(value)) is not None}
     return found
+
+
+def losses(run_dir: Path) -> dict[str, float | None]:
+    """`first` and `last` training loss, and the last `eval` loss; None for each that there is not (yet).
+
+    Only the lines that it takes are parsed, so that a folder of long runs is listed at once.
+    """
+    path = run_dir / METRICS
+    raw = path.read_bytes().splitlines() if path.is_file() else []
+    first, last = _first(raw, "train"), _first(raw[::-1], "train")
+    found = {"first": first.get("loss"), "last": last.get("loss"), "eval": _first(raw[::-1], "eval").get("eval/loss")}
+    return {name: number(value) for name, value in found.items()}
+
+
+def _first(raw: list[bytes], kind: str) -> dict[str, Any]:
+    """The first whole line of a kind: a kill leaves half a line, and a power cut garbage, at the end."""
+    for line in raw:
+        if f'"{kind}"'.encode() in line:
+            with suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and found.get("kind") == kind:
+                    return found
+    return {}
 
 
 def lines(run_dir: Path) -> Iterator[dict[str, Any]]:

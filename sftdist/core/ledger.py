@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import platform
 import subprocess
 import time
@@ -12,18 +13,25 @@ from typing import Any
 
 from sftdist.core.storage import append_jsonl, read_jsonl
 
+FILE = "ledger.jsonl"  # beside the run directories
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 PACKAGES = ("sftdist", "torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "numpy", "safetensors")
 
 
 def record(path: Path, entry: Mapping[str, Any]) -> None:
     """Append one run to the ledger at `path`, with the time (UTC, ISO 8601)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    append_jsonl(path, [{"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry}])
+    append_jsonl(path, [{"time": time.strftime(_TIME, time.gmtime()), **entry}])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs in the ledger, oldest first; none where the file is absent."""
     return list(read_jsonl(path)) if path.is_file() else []
+
+
+def seconds_of(entry: Mapping[str, Any]) -> float:
+    """When a line was written, in seconds since 1970."""
+    return float(calendar.timegm(time.strptime(entry["time"], _TIME)))
 
 
 def versions() -> dict[str, str]:

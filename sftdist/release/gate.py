@@ -91,6 +91,14 @@ class Decision:
         verdicts = [Verdict(**{**one, "outcome": Outcome(one["outcome"])}) for one in found["verdicts"]]
         return cls(**{**found, "verdicts": verdicts})
 
+    def in_short(self) -> str:
+        """`passed`, or how many rules stop the model, for a cell of a table."""
+        if self.passed:
+            return "passed"
+        outcomes = [verdict.outcome for verdict in self.verdicts]
+        counts = {outcome: outcomes.count(outcome) for outcome in (Outcome.failed, Outcome.refused)}
+        return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "refused"
+
     def lines(self) -> list[str]:
         """The decision for a terminal or a log: a line per rule, those that stop the model first."""
         order = [Outcome.failed, Outcome.refused, Outcome.skipped, Outcome.passed]

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from sftdist.core import ledger, snapshot
+from sftdist.core.figures import losses
 from sftdist.core.settings import TrainConfig
 from sftdist.core.warm_start import parent_of
 from sftdist.data.corpus import Corpus
 from sftdist.training.loop import TrainState
-
-LEDGER = "ledger.jsonl"  # beside the run directories
 
 
 def ending(run_dir: Path, state: str, step: int) -> str:
@@ -28,7 +27,7 @@ def ending(run_dir: Path, state: str, step: int) -> str:
 
 def record_in_ledger(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainState) -> None:
     """One line per start. A ledger that cannot be written costs a line on the screen, not a finished run."""
-    path = Path(str(cfg.run.dir)).parent / LEDGER
+    path = Path(str(cfg.run.dir)).parent / ledger.FILE
     try:
         ledger.record(path, ledger_entry(cfg, corpus, outcome, state))
     except OSError as error:
@@ -48,6 +47,7 @@ def ledger_entry(cfg: TrainConfig, corpus: Corpus, outcome: str, state: TrainSta
         "git": ledger.git_state(),
         "versions": ledger.versions(),
         "hardware": hardware(),
+        "losses": losses(Path(str(cfg.run.dir))),
         **asdict(state),
     }
 

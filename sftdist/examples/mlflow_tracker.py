@@ -1,7 +1,7 @@
 """The figures of a run for MLflow: `tracking.sinks=[sftdist.examples.mlflow_tracker:Mlflow]`.
 
 Needs `pip install 'sftdist[mlflow]'`. `MLFLOW_TRACKING_URI` says where the figures go; without it they stay in the run
-directory.
+directory, in `mlflow.db`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Mlflow:
 
     def __init__(self, run_dir: Path, config: dict[str, Any], step: int) -> None:
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri((run_dir / "mlruns").resolve().as_uri())
+            mlflow.set_tracking_uri(f"sqlite:///{run_dir.resolve() / 'mlflow.db'}")
         mlflow.set_experiment(config["tracking"]["project"])
         mark = run_dir / MARK
         if mark.is_file():

@@ -174,9 +174,12 @@ class Workshop:
             patch.delenv(variable, raising=False)
         for run in ("runs/quickstart", "runs/llama8b-4711", str(_quickstart().run.dir)):
             write_config(folder / run, _quickstart())
-        release = folder / "registry/support-bot/v1"
-        release.mkdir(parents=True)
-        write_json(release / "release.json", {"name": "support-bot", "version": 1})
+        write_config(folder / "runs/lora", compose("quickstart", ["tune.method=lora"]))
+        for version in (1, 3):
+            release = folder / f"registry/support-bot/v{version}"
+            release.mkdir(parents=True)
+            write_json(release / "release.json", {"name": "support-bot", "version": version})
+            write_json(release / "config.json", {})  # a whole model, and no adapter alone
         (release.parent / "latest").write_text("v1\n")
         patch.setattr(multirun, "_carry_out", lambda *given: 0)  # every job has been composed by then
         patch.setattr(ArgumentParser, "parse_args", _parse_only)
@@ -232,8 +235,8 @@ def _python(code: str) -> None:
             for alias in node.names:
                 import_module(alias.name)
         elif isinstance(node, ast.ImportFrom):
-            found = vars(import_module(str(node.module)))
-            missing = [alias.name for alias in node.names if alias.name not in found]
+            found = import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(found, alias.name)]  # trl's are there when asked
             if missing:
                 raise _Wrong(f"{node.module} has no {', '.join(missing)}")
 
@@ -248,7 +251,7 @@ def _command(line: str) -> None:
     for placeholder, value in PLACEHOLDERS.items():
         line = re.sub(rf"(?<![\w$]){placeholder}(?!\w)", value, line)
     for part in re.split(r"\s&&\s", line):
-        words = shlex.split(part, comments=True)
+        words = [word for word in shlex.split(part, comments=True) if not re.match(r"\d?>(?!=)", word)]
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if words:

@@ -113,5 +113,6 @@ def test_right_lines_pass(workshop: Workshop) -> None:
         "torchrun ... -m sftdist.train -m ...",
         "sftdist runs checkpoints R --fast && sftdist export run.dir=R step=best",
         "sftdist train  # as such",
+        "sftdist inspect +exp=quickstart >/dev/null",
     ]
     assert [problem for line in right if (problem := workshop.problem(Piece("a", "command", line)))] == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sftdist.commands.migrate_peers.account import Account, Kind, words
 from sftdist.commands.migrate_peers.rule import Rule
+from sftdist.core import snapshot
 
 
 def report_to(*, default: str, project: str | None = None) -> Rule:
@@ -46,7 +49,19 @@ def output_dir() -> Rule:
     """The folder of a run. Checkpoints and the export lie below it, in folders of their own."""
 
     def apply(account: Account) -> None:
-        if account.has("output_dir"):
-            account.carry("output_dir", "run.dir", str(account.get("output_dir")), "the model is in its export/")
+        if not account.has("output_dir"):
+            return
+        folder = str(account.get("output_dir"))
+        if _is_taken(account.folder / folder):
+            ours = f"{folder.rstrip('/')}-sftdist"
+            account.set("run.dir", ours, "output_dir holds files of the old job")
+            account.differs("output_dir", f"given {folder}, which holds files of the old job; run.dir={ours}")
+        else:
+            account.carry("output_dir", "run.dir", folder, "the model is in its export/")
 
     return Rule(("output_dir",), "run.dir", "the same; the model is in its folder export", apply)
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether there are files that are none of a run of ours."""
+    return folder.is_dir() and not (folder / snapshot.FILE).is_file() and any(folder.iterdir())

@@ -407,6 +407,17 @@ def test_a_path_is_a_file_or_a_set_of_the_hub(path: str, ours: str, folder: Path
     assert source["path"] == ours
 
 
+def test_the_old_jobs_folder_is_left_alone(folder: Path) -> None:
+    (folder / "out").mkdir()
+    assert account_of("trl", output_dir="out").values["run.dir"] == "out", "an empty one"
+    (folder / "out" / "adapter_model.safetensors").touch()
+    account = account_of("trl", output_dir="out/")
+    assert account.values["run.dir"] == "out-sftdist"
+    assert noted(account, "output_dir")[0][0] is Kind.differs
+    (folder / "out" / "config.yaml").touch()
+    assert account_of("trl", output_dir="out").values["run.dir"] == "out", "a run of ours"
+
+
 @pytest.mark.parametrize("path", ["s3://bucket/rows.jsonl", "data/rows.csv"])
 def test_files_that_are_not_read_are_to_be_brought(path: str) -> None:
     account = account_of("axolotl", datasets=[{"path": path, "type": "chat_template"}])

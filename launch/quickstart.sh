@@ -23,3 +23,7 @@ sftdist publish +exp=quickstart name=desk candidate=quickstart/base || code=$?
 [ "$code" = 4 ] || { echo "the gate should have refused the base model (exit code 4), it gave $code" >&2 && exit 1; }
 
 sftdist publish +exp=quickstart name=desk
+
+sftdist chat desk --base --system "You are the support desk of Brightwell. Answer the ticket by the policy." --once \
+    "Policy: missing: replacement. broken: refund. overcharged: discount. wrong: repair. All in 5 days.
+Ticket 40217: the lamp of order S-1234 is the wrong one. Regards, Marela Osvak"

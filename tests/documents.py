@@ -235,8 +235,8 @@ def _python(code: str) -> None:
             for alias in node.names:
                 import_module(alias.name)
         elif isinstance(node, ast.ImportFrom):
-            found = import_module(str(node.module))
-            missing = [alias.name for alias in node.names if not hasattr(found, alias.name)]  # trl's are there when asked
+            found = import_module(str(node.module))  # of a lazy one a name is there when it is asked for
+            missing = [alias.name for alias in node.names if not hasattr(found, alias.name)]
             if missing:
                 raise _Wrong(f"{node.module} has no {', '.join(missing)}")
 

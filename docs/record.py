@@ -3,6 +3,8 @@
     python docs/record.py                    every page that has a session
     python docs/record.py docs/tour.md       this page
     python docs/record.py --check            change nothing; end with 1 where a page shows what no longer comes
+    python docs/record.py --keep=DIR ...     run in DIR/PAGE and leave it there; its first blocks, where the session has
+                                             them as they are, are not run again
 
 In a page, a block of shell below the comment `<!-- recorded -->` is run, all of them in one empty folder, one after
 another; `<!-- recorded: exit 4 -->` expects another exit code than 0. The block of text that follows shows its output:
@@ -102,9 +104,17 @@ def unrecorded(page: str, session: str) -> list[str]:
     return found
 
 
-def play(page: str, folder: Path) -> Iterator[tuple[Step, str]]:
-    """Run each block in `folder`; yields it with what it printed. Raises RuntimeError for another exit code."""
+def play(page: str, folder: Path, known: Sequence[tuple[str, str]] = ()) -> Iterator[tuple[Step, str]]:
+    """Run each block in `folder`; yields it with what it printed. Raises RuntimeError for another exit code.
+
+    `known`: the first blocks with what they printed there before; those are not run again.
+    """
+    known = list(known)
     for step in steps(page):
+        if known and known[0][0] == step.words:
+            yield step, known.pop(0)[1]
+            continue
+        known = []
         print(f"  {step.words.strip().splitlines()[0]}", file=sys.stderr, flush=True)
         done = subprocess.run(
             ["bash", "-eu", "-c", step.words],
@@ -148,23 +158,27 @@ def photograph(page: str, folder: Path) -> None:
         subprocess.run([*command, target.as_uri()], check=True, capture_output=True)
 
 
-def record(page: Path) -> list[str]:
-    """Run the session of a page; write its session file, its shown lines and its pictures. What no longer comes."""
-    text, session, problems = page.read_text(encoding="utf-8"), "", []
-    shown: list[str | None] = []
+def record(page: Path, kept: Path | None = None) -> list[str]:
+    """Run the session of a page; write its session file, its shown lines and its pictures. What no longer comes.
+
+    `kept`: a folder to run in that stays, and may be there already.
+    """
     with tempfile.TemporaryDirectory(prefix="sftdist-") as name:
-        folder = Path(name)
-        for step, printed in play(text, folder):
-            session += f"$$\n{step.words}$$\n{printed}"
-            anew, missing = excerpt(step.shown, printed) if step.shown is not None else (None, [])
-            shown.append(anew)
-            problems += missing
+        folder = Path(name) if kept is None else kept / page.stem
+        known = recorded(session_file(page).read_text(encoding="utf-8")) if kept and folder.is_dir() else []
+        folder.mkdir(parents=True, exist_ok=True)
+        played = list(play(page.read_text(encoding="utf-8"), folder, known))
+        text = page.read_text(encoding="utf-8")  # again: somebody may have gone on writing
         photograph(text, folder)
     SESSIONS.mkdir(exist_ok=True)
+    session = "".join(f"$$\n{step.words}$$\n{printed}" for step, printed in played)
     session_file(page).write_text(session, encoding="utf-8")
-    fresh = iter(shown)
-    page.write_text(_STEP.sub(lambda found: _with(found, next(fresh)), text), encoding="utf-8")
-    return problems
+    if steps(text) != [step for step, _ in played]:
+        return ["its blocks were changed while they ran: run it again"]
+    found = [excerpt(step.shown, printed) if step.shown is not None else (None, []) for step, printed in played]
+    fresh = iter(shown for shown, _ in found)
+    page.write_text(_STEP.sub(lambda block: _with(block, next(fresh)), text), encoding="utf-8")
+    return [line for _, missing in found for line in missing]
 
 
 def check(page: Path) -> list[str]:
@@ -186,11 +200,11 @@ def pages() -> list[Path]:
 
 
 def main(words: Sequence[str]) -> int:
-    act = check if "--check" in words else record
+    kept = next((Path(word.partition("=")[2]).resolve() for word in words if word.startswith("--keep=")), None)
     code = 0
-    for page in [Path(word).resolve() for word in words if word != "--check"] or pages():
+    for page in [Path(word).resolve() for word in words if not word.startswith("--")] or pages():
         print(page.name, file=sys.stderr, flush=True)
-        for line in act(page):
+        for line in check(page) if "--check" in words else record(page, kept):
             print(f"{page.name}: nothing printed is like: {line}")
             code = 1
     return code

@@ -23,6 +23,7 @@ COMMANDS = {
     "release": ("sftdist.commands.release", "the releases: list, verify, diff, rollback"),
     "pipeline": ("sftdist.commands.pipeline", "prepare, train, evaluate and publish, one after another"),
     "migrate": ("sftdist.commands.migrate", "a YAML of Axolotl, LLaMA-Factory or TRL as an experiment of sftdist"),
+    "init": ("sftdist.commands.init", "an experiment, a gate and a job for your own model and data, with reasons"),
     "doctor": ("sftdist.commands.doctor", "what this machine has for training, what it lacks, and what to do"),
 }
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftdist.commands.compare_made import code_differences, data_differences, lines_of
+from sftdist.commands.compare_page import curves_of, write_page
 from sftdist.commands.compare_runs import Run, differences, figures_of, metrics_of, notes, readable, sorted_by
-from sftdist.commands.compare_table import as_json, table
+from sftdist.commands.compare_table import as_json, rows_of, table
 from sftdist.core import snapshot
 from sftdist.core.errors import ConfigError
 from sftdist.core.storage import read_json
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 where an argument is wrong or a run cannot be read."""
     given = _parser().parse_args(argv)
     try:
-        show(given.runs, given.sweep, given.metric, given.sort, given.confidence, in_json=given.json)
+        show(given.runs, given.sweep, given.metric, given.sort, given.confidence, in_json=given.json, html=given.html)
     except ConfigError as error:
         print(f"sftdist compare: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -31,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sftdist compare",
         description="Runs in one table: mixture, steps, time of the steps, eval/loss, metrics of the validation split "
-        "with intervals, the gate's preview, and what differs in their configuration.",
+        "with intervals, the gate's preview, and what differs in their configuration, code and data.",
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="R", help="run directories, two or more")
     parser.add_argument("--sweep", type=Path, metavar="DIR", help=f"the runs of a sweep: the folder with {SWEEP}")
@@ -45,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sort", metavar="KEY", help="the best first: a metric, eval/loss, steps, seconds or label")
     parser.add_argument("--confidence", type=_share, default=0.95, help="of the intervals; default: 0.95")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, the curves too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page of it, too, with the curves overlaid")
     return parser
 
 
@@ -64,19 +67,29 @@ def show(
     confidence: float,
     *,
     in_json: bool,
+    html: Path | None = None,
 ) -> None:
-    """Print the comparison. Raises ConfigError with all that is wrong with what was given."""
+    """Print the comparison, and write the page where one is asked for. Raises ConfigError with all that is wrong with what was given."""
     runs, waiting = _given(run_dirs, sweep)
     names = metrics_of(runs, patterns)
     wanted = [*names, sort] if sort and any(sort in run.report.metrics for run in runs if run.report) else names
     figures = {run.label: figures_of(run, list(dict.fromkeys(wanted)), confidence) for run in runs}
     if sort is not None:
         runs = sorted_by(runs, sort, figures)
-    differing, said = differences(runs), [*notes(runs, wanted), *waiting]
+    differing = differences(runs)
+    (code, no_code), (data, no_data) = code_differences(runs), data_differences(runs)
+    said = [*notes(runs, wanted), *no_code, *no_data, *waiting]
+    cells = rows_of(runs, list(dict.fromkeys(wanted)), figures, differing)
+    if html is not None:
+        found = {"Configuration": differing, "Code and machine": code, "Data": data}
+        write_page(html, [row[:-1] for row in cells], runs, found, said)
     if in_json:
-        print(json.dumps(as_json(runs, figures, differing, said), indent=2, ensure_ascii=False, allow_nan=False))
+        found = as_json(runs, figures, differing, said, code=code, data=data)
+        for run, entry in zip(runs, found["runs"], strict=True):
+            entry["curves"] = curves_of(run)
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    for line in table(runs, list(dict.fromkeys(wanted)), figures, differing, said):
+    for line in table(cells, [*lines_of("code and machine:", code), *lines_of("data:", data)], said):
         print(line)
 
 

@@ -17,18 +17,23 @@ OFF = 0.02  # between a share asked for and the realised one, from which on both
 Figures = Mapping[str, Mapping[str, Any]]
 
 
-def table(
+def rows_of(
     runs: Sequence[Run],
     names: Sequence[str],
     figures: Mapping[str, Figures],
     differing: Mapping[str, Mapping[str, Any]],
-    notes: Sequence[str],
-) -> Iterator[str]:
-    """A line per run, and below what to know about the figures."""
+) -> list[tuple[str, ...]]:
+    """The head, and a row per run; the last cell says what differs in its configuration."""
     sources = list(dict.fromkeys(one.name for run in runs for one in run.facts.mixture))
     head = ("run", "state", "steps", "time", f"mix {'/'.join(sources)}", DEFAULT_METRIC, *names, "gate", "differs in")
     rows = [(*_row(run, sources, names, figures[run.label]), _differs(differing, run.label)) for run in runs]
-    yield from (line.rstrip() for line in columns([head, *rows]))
+    return [head, *rows]
+
+
+def table(rows: Sequence[Sequence[str]], made: Sequence[str], notes: Sequence[str]) -> Iterator[str]:
+    """For a terminal: a line per run, below what they were made with, and what to know about the figures."""
+    yield from (line.rstrip() for line in columns(rows))
+    yield from made
     if notes:
         yield ""
         yield from notes
@@ -82,11 +87,16 @@ def as_json(
     figures: Mapping[str, Figures],
     differing: Mapping[str, Mapping[str, Any]],
     notes: Sequence[str],
+    *,
+    code: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Everything that the table is made of."""
     return {
         "runs": [_entry(run, figures[run.label]) for run in runs],
         "differs": differing,
+        "code": code,
+        "data": data,
         "notes": list(notes),
     }
 

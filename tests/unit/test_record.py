@@ -70,6 +70,17 @@ def test_a_page_is_recorded_and_checked(tmp_path: Path, monkeypatch: pytest.Monk
     assert record.check(page) == []
 
 
+def test_a_kept_folder_goes_on_with_the_blocks_that_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "SESSIONS", tmp_path / "sessions")
+    page, count = tmp_path / "page.md", "<!-- recorded -->\n```bash\necho >>seen; ls; wc -l <seen\n```\n\n```text\n```\n"
+    page.write_text(count)
+    record.record(page, tmp_path / "kept")
+    page.write_text(page.read_text() + count.replace("ls", "pwd"))
+    record.record(page, tmp_path / "kept")
+    assert "```text\nseen\n1\n```" in page.read_text()
+    assert "```text\n.\n2\n```" in page.read_text(), "the first block was run once, and no folder of this machine shows"
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [

@@ -399,7 +399,7 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = Precision.bf16
     dry_run: bool = False
-    auto: bool = False  # take the cheapest setting that fits into the GPUs, and say why
+    auto: bool = False  # take the fastest setting that fits into the GPUs, and say why
     run: RunSettings = field(default_factory=RunSettings)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

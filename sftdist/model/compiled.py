@@ -34,9 +34,11 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
             f"model.compile=true: {type(causal_lm(model)).__name__} does not say what its layers are; "
             "set model.compile=false"
         )
-    held = _Held()
-    name = causal_lm(model).config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(name, held.reads(ALL_ATTENTION_FUNCTIONS[name]))
+    held, causal = _Held(), causal_lm(model)
+    plain = causal.config._attn_implementation
+    own = f"{plain}_compiled_{id(held):x}"  # of this model alone: another one may be loaded beside it
+    ALL_ATTENTION_FUNCTIONS.register(own, held.reads(ALL_ATTENTION_FUNCTIONS[plain]))
+    causal.set_attn_implementation(own)
     for layer in layers:
         # on the module itself, not around it: no name of a parameter and no class changes
         layer.forward = _forward(layer, held, backend)

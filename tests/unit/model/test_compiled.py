@@ -74,6 +74,12 @@ def test_packs_of_any_length_need_no_new_graph() -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_models_that_are_loaded_or_compiled_later_change_nothing() -> None:
+    eager, compiled = pair("llama")
+    pair("llama")
+    assert_equal(eager, compiled, [7, 21, 5])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "change"),

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from benchmarks.predictions import LLAMA_8B
 from sftdist.model.cost import (
     GIB,
     Setup,
@@ -27,16 +28,6 @@ from sftdist.model.lora import LoraSpec, attach
 from tests.models import MIXTURES_OF_EXPERTS, SHAPES, WINDOW, shape, tiny_model
 
 GATED = sorted(set(SHAPES) - {"gpt2"})
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
 
 
 def _config(family: str) -> dict[str, Any]:

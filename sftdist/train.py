@@ -59,8 +59,9 @@ from sftdist.training.ending import ending, record_in_ledger
 from sftdist.training.export import ExportSpec, export_model, is_adapter_alone
 from sftdist.training.export_proof import FreshCheck
 from sftdist.training.followers import followers_of
-from sftdist.training.loop import Calls, Flags, LoopSpec, StepDone, TrainState, evaluation_is_due, run_steps
+from sftdist.training.loop import Calls, Flags, LoopSpec, NonFinite, StepDone, TrainState, evaluation_is_due, run_steps
 from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
+from sftdist.training.non_finite import explained
 from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.own_code import own_code_found
@@ -353,11 +354,12 @@ def run_loop(job: Job, loader: Loader, tracker: Tracker, state: TrainState) -> t
         with profile:
             state, stopped = run_steps(engine, loader, world, spec, state, calls)
     except TrainingError as error:  # raised by every rank at the same step: the save under way can end
+        told = explained(error, engine, world, job.run_dir) if isinstance(error, NonFinite) else error
         try:
             checkpoints.wait()
         except CheckpointError as failed:  # another try would still end in the same step
-            raise TrainingError(f"{error} And a save has failed: {failed}") from error
-        raise
+            raise TrainingError(f"{told} And a save has failed: {failed}") from error
+        raise told from error.__cause__
     checkpoints.wait()
     return state, stopped
 

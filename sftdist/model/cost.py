@@ -7,7 +7,7 @@ experts included, are counted to the parameter; any other model_type is counted 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sftdist.model.buckets import reduce_bucket

@@ -146,6 +146,9 @@ class Partitioned:
         norm = self._engine.get_global_grad_norm()
         return (float(norm) if applied and norm is not None else math.inf), applied
 
+    def discard(self) -> None:
+        self._engine.optimizer.zero_grad()
+
     def _link_moments(self) -> None:
         """ZeRO 1-2 of DeepSpeed 0.19 links the moments of every parameter group to its parameters after the first
         group's first update, when the other groups have none yet; so it is done again when all have."""
@@ -255,8 +258,7 @@ class Engine:
         norm, applied = self._core.step(lr)
         if not applied and (self._scale is None or self._scale.value <= self._scale.floor):
             raise TrainingError(
-                f"step {self.updates + 1}: the gradient norm is {norm}, but it must be finite; no weight was changed. "
-                "Look at the rows of this step (log/rows.jsonl), or lower optimizer.lr or optimizer.max_grad_norm."
+                f"step {self.updates + 1}: the gradient norm is {norm}, but it must be finite; no weight was changed."
             )
         self.updates += applied
         outcome = StepOutcome(grad_norm=norm, applied=applied, loss_scale=self._core.loss_scale)
@@ -264,6 +266,10 @@ class Engine:
             self._scale.update(overflow=not applied)
             self._core.loss_scale = self._scale.value
         return outcome
+
+    def discard(self) -> None:
+        """Forget the gradients of a step that has failed, so that its packs can run again to see why."""
+        self._core.discard()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossOutput:

@@ -80,9 +80,7 @@ class LayerWatch:
 
     def norms(self) -> list[LayerNorms]:
         """Embeddings, each layer, head and loss; read from the device."""
-        return [
-            LayerNorms(name, self._root(FORWARD, name) or 0.0, self._root(BACKWARD, name)) for name in self._layers
-        ]
+        return [LayerNorms(name, self._root(FORWARD, name) or 0.0, self._root(BACKWARD, name)) for name in self._layers]
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._pack += 1

@@ -37,6 +37,14 @@ class TrainState:
         )
 
 
+class NonFinite(TrainingError):
+    """A loss or a gradient was not finite in `step`; every rank raises it, before the weights change."""
+
+    def __init__(self, message: str, step: Step) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 @dataclass(frozen=True)
 class Flags:
     """What one rank has to tell all: it was asked to stop, or its part of a background save has failed."""
@@ -101,7 +109,7 @@ def run_steps(
 ) -> tuple[TrainState, bool]:
     """Run optimizer steps to `spec.steps`, or until every rank agrees to stop; returns whether it was stopped.
 
-    Raises `TrainingError` on every rank when a loss or a gradient is not finite, before the weights change, and
+    Raises `NonFinite` on every rank when a loss or a gradient is not finite, before the weights change, and
     `CheckpointError` on every rank at the step after a save in the background has failed.
     """
     while state.step < spec.steps:
@@ -141,7 +149,7 @@ def update(
             with record_function(UPDATE):
                 outcome = engine.step(lr)
         except TrainingError as error:
-            raise TrainingError(f"{error} {named_rows(step)}") from error
+            raise NonFinite(str(error), step) from error
         if outcome.applied:
             return losses, outcome
 
@@ -189,7 +197,6 @@ def run_micro_batches(engine: Engine, step: Step, world: World, flags: Callable[
 def require_finite(losses: StepLosses, step: Step) -> None:
     """Every rank holds the same sums, so every rank raises or none does."""
     if not all(math.isfinite(value) for value in losses.sums):
-        raise TrainingError(
-            f"step {step.step + 1}: the loss is {sum(losses.sums)}, but it must be finite; no weight was changed. "
-            f"Look at the rows with `sftdist inspect`, or lower optimizer.lr. {named_rows(step)}"
+        raise NonFinite(
+            f"step {step.step + 1}: the loss is {sum(losses.sums)}, but it must be finite; no weight was changed.", step
         )

@@ -73,9 +73,13 @@ class Replicated:
             if 0 < self._clip < norm:
                 torch._foreach_mul_(gradients, self._clip / (norm + 1e-6))
             self._apply(gradients, lr)
+        self.discard()
+        return norm, finite
+
+    def discard(self) -> None:
+        """Forget the gradients of this step."""
         self._sums.clear()
         self._reduced = None
-        return norm, finite
 
     def _reduced_gradients(self) -> list[Tensor]:
         """The mean over the ranks, in the order of the masters; float32. No gradient counts as zero."""

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,26 +31,20 @@ from sftdist.core.distributed import (
 from sftdist.core.errors import CheckpointError, TrainingError
 from sftdist.core.nodes import Nodes
 from sftdist.core.ranklog import rank_log
-from sftdist.core.settings import Init, Method, TrainConfig
-from sftdist.core.storage import disk_explained, read_json, write_json
+from sftdist.core.settings import TrainConfig, TrainJobConfig
+from sftdist.core.storage import disk_explained
 from sftdist.core.words import word
-from sftdist.data.corpus import Corpus, overlong_lines, validation_rows, validation_sources
-from sftdist.data.leaks import Overlay
+from sftdist.data.corpus import Corpus, validation_rows, validation_sources
 from sftdist.data.loader import Batch, Loader, Step
 from sftdist.data.pipeline import Prepared
-from sftdist.data.plan import Plan, PlanTotals, SourceTotals
-from sftdist.data.planned import corpus_of, pack_tokens, plan_spec
+from sftdist.data.planned import pack_tokens
 from sftdist.data.request import prepare_small, request_of
-from sftdist.data.store import TokenStore
-from sftdist.data.summary import describe_plan
-from sftdist.data.template import ChatTemplate
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
-from sftdist.model.load import weight_hashes
 from sftdist.model.loss import causal_lm
 from sftdist.release.start import require_start
 from sftdist.training.auto import chosen_words, settled, settled_on_all
-from sftdist.training.build import Trained, build_trained, model_config, special_ids
+from sftdist.training.build import Trained
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.console import open_console
 from sftdist.training.contract import contract
@@ -65,8 +59,17 @@ from sftdist.training.non_finite import explained
 from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
 from sftdist.training.own_code import own_code_found
-from sftdist.training.planned_model import cost_model
+from sftdist.training.parts import base_of, build_parts
 from sftdist.training.profiling import profile_of
+from sftdist.training.replay import (
+    lay_out_replay,
+    replay_issues,
+    replay_settings,
+    replay_step,
+    report_lines,
+    without_job_keys,
+    write_replay,
+)
 from sftdist.training.retention import Keep
 from sftdist.training.schedule import rate_of
 from sftdist.training.shortage import shortage_explained
@@ -91,16 +94,23 @@ class TrainResult:
 def main() -> int:
     """The command line. Under torchrun this process is a rank; alone it starts torchrun's agent."""
     work = run_rank if is_worker() else start
-    return config.main(
-        TrainConfig, work, "train", checks=[engine_issues, own_code_found], makes_runs=True, settle=settle
-    )
+    checks = [engine_issues, own_code_found, job_issues]
+    return config.main(TrainJobConfig, work, "train", checks=checks, makes_runs=True, settle=settle)
 
 
-def settle(cfg: TrainConfig, given: frozenset[str]) -> TrainConfig:
-    """What `auto` leaves to the machine, decided once."""
+def settle(cfg: TrainJobConfig, given: frozenset[str]) -> TrainJobConfig:
+    """What `auto` leaves to the machine, decided once; a replay has the settings of its run."""
+    if cfg.replay is not None:
+        return cfg
     if cfg.auto:
         quickstart.lay_out(cfg)
-    return settled(cfg, given, partial(print, flush=True))
+    chosen = settled(cfg, given, partial(print, flush=True))
+    return replace(cfg, **{item.name: getattr(chosen, item.name) for item in fields(TrainConfig)})
+
+
+def job_issues(cfg: TrainJobConfig) -> list[str]:
+    """What the keys of `train` alone need."""
+    return [*replay_issues(cfg)]
 
 
 def engine_issues(cfg: TrainConfig) -> list[str]:
@@ -108,9 +118,16 @@ def engine_issues(cfg: TrainConfig) -> list[str]:
     return override_issues(cfg.zero.deepspeed)
 
 
-def start(cfg: TrainConfig) -> int:
+def start(cfg: TrainJobConfig) -> int:
     """`sftdist train`: print the plan, or prepare small data and start the ranks of this machine. Where it is one of
     several nodes, the data is left to rank 0."""
+    if cfg.replay is not None:
+        return start_ranks(lay_out_replay(cfg), [])
+    return start_ranks(cfg, [same_run(cfg), *chosen_words(cfg)])
+
+
+def start_ranks(cfg: TrainConfig, words: list[str]) -> int:
+    """`words`: what the ranks are told beside the command line."""
     if cfg.dry_run:
         print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
@@ -122,7 +139,7 @@ def start(cfg: TrainConfig) -> int:
         if finished_before(run_dir) is not None:
             return agent.DONE
     nproc, grace_seconds = agent.ranks_here(cfg.launch.nproc), cfg.checkpoint.grace_seconds
-    argv = [*sys.argv[1:], same_run(cfg), *chosen_words(cfg)]
+    argv = [*sys.argv[1:], *words]
     ranks = f"{nproc} rank{'s' * (nproc != 1)}" + " on this node" * (cfg.launch.nodes > 1)
     print(f"starting {ranks}: the run is in {run_dir}, what each rank says in {run_dir / 'log'}", flush=True)
     return agent.launch(MODULE, argv, nproc, run_dir, grace_seconds, cfg.launch.max_restarts, nodes_of(cfg))
@@ -145,14 +162,17 @@ def same_run(cfg: TrainConfig) -> str:
     return word("run.dir", str(cfg.run.dir))
 
 
-def run_rank(cfg: TrainConfig) -> int:
+def run_rank(cfg: TrainJobConfig) -> int:
     """One rank under torchrun. A preempted one leaves with 0 too: torchrun would call any other code a failure."""
     die_with_parent()
     if cfg.dry_run:
         if os.environ["RANK"] == "0":
             print_plan(cfg, partial(ready_data, cfg))
         return agent.DONE
-    run_settled(cfg)
+    if cfg.replay is not None:
+        run_replay(cfg)
+    else:
+        run_settled(without_job_keys(cfg))
     ignore_stop_signals()  # a cluster may repeat them, and this rank's work is done
     return agent.DONE
 
@@ -170,13 +190,29 @@ def run(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> Trai
 def run_settled(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None) -> TrainResult:
     """The same, where `auto` has made its choice."""
     run_dir = Path(str(cfg.run.dir))
+    with joined(cfg, run_dir, partial(ready_to_train, cfg, dataset, tokenizer)) as (opening, world, stop):
+        if world is None:
+            return TrainResult("done", opening.step, run_dir, run_dir / "export")
+        result = train(cfg, opening, world, stop, run_dir)
+        if world.is_main:  # below the bar, and after what W&B had to say
+            print(ending(run_dir, result.state, result.step), flush=True)
+        return result
+
+
+@contextmanager
+def joined(
+    cfg: TrainConfig, run_dir: Path, ready: Callable[[], Prepared]
+) -> Iterator[tuple[Opening, World | None, StopSignal]]:
+    """The run directory opened, the data ready, this rank among the others, and whatever fails inside explained; no
+    world where the run was finished before."""
     with ExitStack() as stack:
         if is_worker():
             stack.enter_context(rank_log(run_dir, restart_count() + 1))
         stop = stack.enter_context(stop_signals())
-        opening = open_run(cfg, run_dir, stack, partial(ready_to_train, cfg, dataset, tokenizer))
+        opening = open_run(cfg, run_dir, stack, ready)
         if opening.finished:
-            return TrainResult("done", opening.step, run_dir, run_dir / "export")
+            yield opening, None, stop
+            return
         if (command := agent.idle_gpus(MODULE, sys.argv[1:])) is not None and os.environ.get("RANK") == "0":
             print(f"This host has more GPUs than ranks were started. All of them: {command}", flush=True)
         lost, hang = cfg.launch.lost_seconds, cfg.launch.hang_seconds
@@ -184,10 +220,27 @@ def run_settled(cfg: TrainConfig, *, dataset: Any = None, tokenizer: Any = None)
         world = stack.enter_context(watched)
         stack.enter_context(disk_explained(run_dir))
         stack.enter_context(shortage_explained(cfg, world))
-        result = train(cfg, opening, world, stop, run_dir)
-        if world.is_main:  # below the bar, and after what W&B had to say
-            print(ending(run_dir, result.state, result.step), flush=True)
-        return result
+        yield opening, world, stop
+
+
+def run_replay(cfg: TrainJobConfig) -> None:
+    """One rank of a replay: the step, its report on the screen and in R/log/replay-N.json."""
+    if os.environ["RANK"] == "0":
+        lay_out_replay(cfg)
+    own, source, number = replay_settings(cfg), Path(str(cfg.replay)), cfg.step or 0
+    run_dir = Path(str(own.run.dir))
+    with joined(own, run_dir, partial(ready_data, own)) as (opening, world, stop):
+        assert world is not None  # lay_out_replay has removed how an earlier one ended
+        say = partial(print, flush=True) if world.is_main else silent
+        parts = build_parts(own, opening, run_dir, world, say)
+        replay = replay_step(own, parts, source, number, world, lambda: stop.requested, say)
+        if world.is_main:
+            file = write_replay(replay, source)
+            for line in report_lines(replay, source):
+                say(line)
+            say(f"all of it is in {file}; the run itself is as it was")
+            agent.write_status(run_dir, "done", agent.DONE, "", step=number)
+        world.barrier()
 
 
 @contextmanager
@@ -213,24 +266,6 @@ def ready_data(cfg: TrainConfig, dataset: Any = None, tokenizer: Any = None) -> 
     request = request_of(cfg.data, cfg.model, dataset=dataset, tokenizer=tokenizer)
     command = f"sftdist prepare {shlex.join(word for word in sys.argv[1:] if '=' in word)}"
     return prepare_small(request, command, say=partial(print, flush=True))
-
-
-def opened_store(path: str, overlay: str | None) -> TokenStore:
-    """Without the rows that leak what is held out."""
-    store = TokenStore.open(Path(path))
-    return store if overlay is None else Overlay(Path(overlay)).over(store)
-
-
-def opened(cfg: TrainConfig, opening: Opening) -> Prepared:
-    """The same stores on every rank, by memory map."""
-    stores = {name: opened_store(path, opening.overlay) for name, path in opening.stores.items()}
-    held_out = {name: opened_store(path, opening.overlay) for name, path in opening.held_out.items()}
-    first = next(iter(stores.values()))
-    template = ChatTemplate.load(str(first.path / "tokenizer"))
-    template = ChatTemplate.of(
-        template.tokenizer, template.text, arguments=cfg.model.template_args, stop_ids=first.manifest["stop_ids"]
-    )
-    return Prepared(stores, held_out, template, report={})
 
 
 @dataclass(frozen=True)
@@ -267,16 +302,8 @@ def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, ru
     """Build everything, check it, run the loop, export."""
     say = partial(print, flush=True) if world.is_main else silent
     logging.disable_progress_bar()  # one bar a rank would garble the screen
-    corpus = corpus_of(cfg, opened(cfg, opening))
-    tokenizer = corpus.template.tokenizer
-    shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
-    plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune, corpus.supervised_share))
-    totals = totals_of(plan, run_dir, world)
-    for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
-        say(line)
-    trained = build_trained(cfg, corpus, shape, world)
-    say(f"attention: {trained.attention}")
-    say(f"kernels: {trained.kernels}{', layers compiled' if cfg.model.compile else ''}")
+    parts = build_parts(cfg, opening, run_dir, world, say)
+    corpus, plan, totals, trained = parts.corpus, parts.plan, parts.totals, parts.trained
     if world.is_main:
         write_outline(run_dir, causal_lm(trained.engine.module.model), corpus.template, trained.untrained)
     checkpoints = checkpoints_of(cfg, run_dir, trained, world)
@@ -407,31 +434,6 @@ def facts(state: TrainState, done: StepDone, world: World) -> StepFacts:
         denominator=step.denominator,
         rows=step.rows,
     )
-
-
-def totals_of(plan: Plan, run_dir: Path, world: World) -> PlanTotals:
-    """The totals of the real plan: counted once by rank 0, kept in the run directory."""
-    if world.is_main:
-        path = run_dir / "plan.json"
-        if not path.is_file() or read_json(path)["fingerprint"] != plan.fingerprint:
-            write_json(path, {"fingerprint": plan.fingerprint, **asdict(plan.totals())})
-        kept = {key: value for key, value in read_json(path).items() if key != "fingerprint"}
-    totals = world.broadcast_object(kept if world.is_main else None)
-    return PlanTotals(**{**totals, "sources": tuple(SourceTotals(**source) for source in totals["sources"])})
-
-
-def base_of(cfg: TrainConfig, commit: str | None, world: World) -> dict[str, Any] | None:
-    """What the adapters of a LoRA run belong to, by content; a full fine-tune holds all of its weights itself."""
-    if cfg.tune.method == Method.full:
-        return None
-    hashes = weight_hashes(Path(str(cfg.model.path))) if world.is_main else None
-    return {
-        "path": cfg.model.path,
-        "revision": commit or cfg.model.revision,
-        "init": cfg.model.init.value,
-        "seed": cfg.seed if cfg.model.init == Init.random else None,
-        "files": world.broadcast_object(hashes),
-    }
 
 
 def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:

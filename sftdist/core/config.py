@@ -282,12 +282,15 @@ def _merge(words: Words, schema: type[TrainConfig]) -> dict[str, Any]:
 
 
 def _base(words: Words, schema: type[T]) -> T:
-    """The defaults, or without a preset the existing run in `run.dir`."""
-    run_dir = resolved_text(words.value("run.dir"))
+    """The defaults, or without a preset the existing run in `run.dir`, or the one that `replay` names."""
+    replayed = resolved_text(words.value("replay"))
+    run_dir = resolved_text(words.value("run.dir")) if replayed is None else replayed
     file = None if run_dir is None or "exp" in words.groups else Path(run_dir).expanduser() / FILE
     if file is None or not file.is_file():
         return schema()
-    return read_values(read_yaml(file), schema, words.issues, f"{file}: ")
+    base = read_values(read_yaml(file), schema, words.issues, f"{file}: ")
+    base.run.dir = run_dir  # the run may have been moved since
+    return base
 
 
 def _chosen(group: str, name: str, words: Words) -> bool:

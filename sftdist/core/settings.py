@@ -231,6 +231,7 @@ class ModelSettings:
     shape: dict[str, Any] | None = None  # a transformers config as a mapping, `model_type` included
     tokenizer: str | None = None  # default: model.path
     vocabulary: int | None = None  # train a byte-level BPE of this size on the train sources
+    add_tokens: list[str] = field(default_factory=list)  # each becomes one token, with a row of its own that trains
     chat_template: str | None = None  # chatml | llama3 | FILE; default: the tokenizer's own
     template_args: dict[str, Any] = field(default_factory=dict)  # further template variables: {enable_thinking: false}
     attention: Attention = Attention.auto
@@ -440,6 +441,15 @@ class InspectConfig(DataConfig):
     step: int | None = None  # the packs of this optimizer step, from 1, instead of all rows
     output: str = "terminal"  # terminal | html | jsonl
     file: str | None = None  # where html or jsonl goes; default: standard output
+
+
+@dataclass(kw_only=True)
+class TrainJobConfig(TrainConfig):
+    """The keys of a training, and what the command `train` does in place of one: to find a fault."""
+
+    replay: str | None = None  # a run directory: its step `step` again, layer by layer; nothing of the run changes
+    step: int | None = None  # with replay: an optimizer step, from 1
+    overfit: int | None = None  # train on so many rows until the loss is about 0, or say what is broken
 
 
 @dataclass(kw_only=True)

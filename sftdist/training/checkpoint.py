@@ -139,8 +139,20 @@ class Checkpoints:
         checkpoints that do not verify, and says so. Raises CheckpointError where none verifies, and where the
         checkpoint belongs to another model, optimizer or base.
         """
+        return self._load_first(engine, _on_main(engine.world, self._steps, _NOT_READ), say)
+
+    def load_before(self, step: int, engine: Engine, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+        """The same with the newest checkpoint of an earlier step than `step`. It only reads: a run may be writing here,
+        and the disk of `LATEST` is not asked."""
+
+        def earlier() -> list[int]:
+            return sorted((one for one in steps_in(self._folder) if one < step), reverse=True)
+
+        return self._load_first(engine, _on_main(engine.world, earlier, _NOT_READ), say)
+
+    def _load_first(self, engine: Engine, steps: list[int], say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The first of these that verifies."""
         world, found = engine.world, list[str]()
-        steps: list[int] = _on_main(world, self._steps, _NOT_READ)
         for step in steps:
             path = self._folder / directory_name(step)
             problems = verify(path, world)

@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -149,6 +150,9 @@ class Partitioned:
     def discard(self) -> None:
         self._engine.optimizer.zero_grad()
 
+    def gradient(self, name: str) -> Tensor:
+        return cast(Tensor, safe_get_full_grad(self._weights[name])).float() / self._loss_scale
+
     def _link_moments(self) -> None:
         """ZeRO 1-2 of DeepSpeed 0.19 links the moments of every parameter group to its parameters after the first
         group's first update, when the other groups have none yet; so it is done again when all have."""
@@ -266,6 +270,11 @@ class Engine:
             self._scale.update(overflow=not applied)
             self._core.loss_scale = self._scale.value
         return outcome
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each parameter's reduced gradient, before clipping; after the last micro-batch has been read, and
+        before `step`."""
+        return {_outer(name): float(self._core.gradient(name).norm()) for name in self._core.trainable()}
 
     def discard(self) -> None:
         """Forget the gradients of a step that has failed, so that its packs can run again to see why."""

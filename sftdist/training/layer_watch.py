@@ -53,7 +53,7 @@ class LayerWatch:
     def __init__(self, module: LossModel) -> None:
         self.first: Event | None = None
         self._module = module
-        self._names = {part: _name(name) for name, part in module.named_modules() if name}
+        self._names = {part: plain_name(name) for name, part in module.named_modules() if name}
         causal = causal_lm(module.model)
         shown = (causal.get_input_embeddings(), *decoder_layers(module.model), module.head_loss)
         self._layers = {self._names[part]: LayerNorms(self._names[part], 0.0, None) for part in shown}
@@ -69,7 +69,7 @@ class LayerWatch:
             keep(part.register_forward_hook(partial(self._forward, name)).remove)
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
-                keep(parameter.register_hook(partial(self._gradient, f"{_name(name)} (the weight)")).remove)
+                keep(parameter.register_hook(partial(self._gradient, f"{plain_name(name)} (the weight)")).remove)
         self._around.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
@@ -111,7 +111,7 @@ class LayerWatch:
         return None if square is None else math.sqrt(square.item())
 
 
-def _name(name: str) -> str:
+def plain_name(name: str) -> str:
     """As in the model itself: without the loss module and PEFT around it."""
     return HEAD if name == "head_loss" else name.removeprefix("model.").removeprefix("base_model.model.")
 

@@ -57,17 +57,24 @@ def first_non_finite(engine: Engine, step: Step, world: World) -> str:
     engine.discard()
     with LayerWatch(engine.module) as watch:
         run_micro_batches(engine, step, world, Flags)
-    mine = None if watch.first is None else _found(watch.first, step.micro[watch.first.pack], world.rank)
-    found = [one for one in world.gather_objects(mine) if one is not None]
-    if not found:
+    found = first_of(watch, step, world)
+    if found is None:
         return (
             "Run once more, every value of these packs was finite: look at dropout, at the learning rate of the step "
             "before, and at the hardware (sftdist doctor)."
         )
+    return f"The first value that is not finite is {found}."
+
+
+def first_of(watch: LayerWatch, step: Step, world: World) -> str | None:
+    """The first such value that any rank has seen, in words; None where all were finite. Collective."""
+    mine = None if watch.first is None else _found(watch.first, step.micro[watch.first.pack], world.rank)
+    found = [one for one in world.gather_objects(mine) if one is not None]
+    if not found:
+        return None
     # A bad value of one rank's backward is in what all ranks reduce; one of a forward can only be its own.
     first = min(found, key=lambda one: (not one.in_forward, one.pack, one.rank))
-    others = f" (and on {len(found) - 1} more ranks)" if len(found) > 1 else ""
-    return f"The first value that is not finite is {first}{others}."
+    return f"{first} (and on {len(found) - 1} more ranks)" if len(found) > 1 else str(first)
 
 
 def _found(event: Event, batch: Batch, rank: int) -> Found:

@@ -76,6 +76,11 @@ class Replicated:
         self.discard()
         return norm, finite
 
+    def gradient(self, name: str) -> Tensor:
+        """Of a step whose figures have been read."""
+        assert self._reduced is not None
+        return self._reduced[0][list(self._masters).index(name)]
+
     def discard(self) -> None:
         """Forget the gradients of this step."""
         self._sums.clear()

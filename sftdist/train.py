@@ -58,6 +58,16 @@ from sftdist.training.meter import Meter, StepFacts, memory_gib, peak_flops
 from sftdist.training.non_finite import explained
 from sftdist.training.offline import write_outline
 from sftdist.training.opening import Opening, finished_before, open_run, refuse_other_config, refuse_other_data
+from sftdist.training.overfit import (
+    causes_of,
+    chosen_documents,
+    lay_out_overfit,
+    overfit,
+    overfit_issues,
+    overfit_settings,
+    verdict,
+    write_report,
+)
 from sftdist.training.own_code import own_code_found
 from sftdist.training.parts import base_of, build_parts
 from sftdist.training.profiling import profile_of
@@ -110,7 +120,7 @@ def settle(cfg: TrainJobConfig, given: frozenset[str]) -> TrainJobConfig:
 
 def job_issues(cfg: TrainJobConfig) -> list[str]:
     """What the keys of `train` alone need."""
-    return [*replay_issues(cfg)]
+    return [*replay_issues(cfg), *overfit_issues(cfg)]
 
 
 def engine_issues(cfg: TrainConfig) -> list[str]:
@@ -123,6 +133,8 @@ def start(cfg: TrainJobConfig) -> int:
     several nodes, the data is left to rank 0."""
     if cfg.replay is not None:
         return start_ranks(lay_out_replay(cfg), [])
+    if cfg.overfit is not None and not cfg.dry_run:
+        return start_ranks(lay_out_overfit(cfg), [same_run(cfg), *chosen_words(cfg)])
     return start_ranks(cfg, [same_run(cfg), *chosen_words(cfg)])
 
 
@@ -171,6 +183,8 @@ def run_rank(cfg: TrainJobConfig) -> int:
         return agent.DONE
     if cfg.replay is not None:
         run_replay(cfg)
+    elif cfg.overfit is not None:
+        run_overfit(cfg, cfg.overfit)
     else:
         run_settled(without_job_keys(cfg))
     ignore_stop_signals()  # a cluster may repeat them, and this rank's work is done
@@ -240,6 +254,29 @@ def run_replay(cfg: TrainJobConfig) -> None:
                 say(line)
             say(f"all of it is in {file}; the run itself is as it was")
             agent.write_status(run_dir, "done", agent.DONE, "", step=number)
+        world.barrier()
+
+
+def run_overfit(cfg: TrainJobConfig, count: int) -> None:
+    """One rank that learns a few rows by heart. Raises TrainingError with what is broken where that fails."""
+    if os.environ["RANK"] == "0":
+        lay_out_overfit(cfg)
+    own = overfit_settings(cfg)
+    run_dir = Path(str(own.run.dir))
+    with joined(own, run_dir, partial(ready_to_train, own, None, None)) as (opening, world, stop):
+        assert world is not None  # lay_out_overfit has removed how an earlier one ended
+        say = partial(print, flush=True) if world.is_main else silent
+        parts = build_parts(own, opening, run_dir, world, say)
+        rows = chosen_documents(parts.corpus, count, own.seed)
+        facts = overfit(parts.trained.engine, rows, pack_tokens(own), own.optimizer.lr, lambda: stop.requested, say)
+        causes = causes_of(facts)
+        if world.is_main:
+            write_report(facts, causes, run_dir)
+        if causes:
+            raise TrainingError(verdict(facts, causes))
+        say(verdict(facts, causes))
+        if world.is_main:
+            agent.write_status(run_dir, "done", agent.DONE, "", step=len(facts.losses))
         world.barrier()
 
 

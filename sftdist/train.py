@@ -84,7 +84,7 @@ from sftdist.training.retention import Keep
 from sftdist.training.schedule import rate_of
 from sftdist.training.shortage import shortage_explained
 from sftdist.training.startup import run_checks
-from sftdist.training.tracking import Tracker, evaluated, open_tracker, standing
+from sftdist.training.tracking import Sink, Tracker, evaluated, open_tracker, standing
 from sftdist.training.wandb_process import wandb_of
 from sftdist.training.zero_config import override_issues
 
@@ -476,7 +476,7 @@ def facts(state: TrainState, done: StepDone, world: World) -> StepFacts:
 def tracker_of(cfg: TrainConfig, run_dir: Path, step: int, steps: int, say: Callable[[str], None]) -> Tracker:
     """Rank 0's: metrics.jsonl first, then those who follow it."""
     tracker = open_tracker(run_dir, resumed_step=step)
-    others = [*wandb_of(cfg, run_dir, say), *followers_of(cfg, run_dir, step, say)]
+    others: list[Sink] = [*wandb_of(cfg, run_dir, say), *followers_of(cfg, run_dir, step, say)]
     return tracker.followed_by(*open_console(steps, first_step=step), *others)
 
 

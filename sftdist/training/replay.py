@@ -39,10 +39,6 @@ SHOWN = 20  # rows on the screen
 _FRAMES = 12  # lines of what torch says of a forward
 
 
-class Stopped(Exception):
-    """A rank was asked to stop before the step was reached."""
-
-
 def replay_issues(cfg: TrainJobConfig) -> list[str]:
     """What is wrong with `replay` and `step`, before anything starts."""
     if cfg.replay is None:
@@ -159,7 +155,7 @@ def replay_step(
     say: Callable[[str], None],
 ) -> Replay:
     """Take step `number` (from 1) of the run in `source` again; collective. Raises ConfigError for a step that the run
-    does not have, `Stopped` on every rank where one was asked to stop."""
+    does not have, TrainingError on every rank where one was asked to stop."""
     if not 1 <= number <= parts.totals.steps:
         raise ConfigError(f"step={number}: there is no such step, required 1 to {parts.totals.steps}")
     engine = parts.trained.engine
@@ -180,7 +176,7 @@ def replay_step(
             world.progress.begin_step(at + 1, step.row_ids)
             losses, _ = update(engine, step, world, rate(at), lambda: Flags(stopped()))
             if losses.any_rank.stop:
-                raise Stopped
+                raise TrainingError(f"stopped before step {number} was reached; nothing was found out")
         step = loader.take()
     finally:
         loader.close()
@@ -281,11 +277,12 @@ def _anomaly(engine: Engine, step: Step, watch: LayerWatch, world: World) -> str
     early would leave the others waiting."""
     if engine.spec.stage == 3 and world.size > 1:
         return None
-    mine = None if watch.first is None else _anomaly_of(engine, step.micro[watch.first.pack])
+    mine = None if watch.first is None else anomaly_of(engine, step.micro[watch.first.pack])
     return next((words for words in world.gather_objects(mine) if words), None)
 
 
-def _anomaly_of(engine: Engine, batch: Batch) -> str | None:
+def anomaly_of(engine: Engine, batch: Batch) -> str | None:
+    """The same of one pack, on one rank."""
     weights = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     with warnings.catch_warnings(record=True) as said, torch.autograd.set_detect_anomaly(True):
         warnings.simplefilter("always")

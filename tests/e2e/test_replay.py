@@ -32,16 +32,27 @@ def same_bits(run_dir: Path, step: int) -> None:
     assert [(step, found["loss"], found["grad_norm"], found["lr"])] == [line for line in lines if line[0] == step]
 
 
-def test_a_step_of_two_ranks_again_by_the_real_command(home: Path) -> None:
+@pytest.mark.long
+def test_a_step_again_by_the_real_command(home: Path) -> None:
+    done = sftdist(["train", *RUN, "run.dir=runs/real"], home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = held_by(home / "runs/real")
+    done = sftdist(["train", "replay=runs/real", "step=5"], home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "starting 2 ranks" in done.stdout
+    assert done.stdout.count("(the same bits as the run's)") == 2
+    assert held_by(home / "runs/real") == before
+    same_bits(home / "runs/real", 5)
+
+
+def test_a_step_of_two_ranks_again(home: Path) -> None:
     """Step 5 of a run with a checkpoint after step 3: the same bits, every layer and row, and nothing has changed."""
     run_dir = home / "runs/two"
     train_to_the_end(2, [*RUN, "run.dir=runs/two"], home)
     before = held_by(run_dir)
-    done = sftdist(["train", "replay=runs/two", "step=5"], home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "starting 2 ranks" in done.stdout
-    assert "resuming from step 3" in done.stdout
-    assert done.stdout.count("(the same bits as the run's)") == 2
+    said = train_to_the_end(2, ["replay=runs/two", "step=5"], home)
+    assert "resuming from step 3" in said
+    assert said.count("(the same bits as the run's)") == 2
     assert held_by(run_dir) == before
     same_bits(run_dir, 5)
     found = report(run_dir, 5)

@@ -27,11 +27,12 @@ from sftdist.data.plan import Plan
 from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.model.cost import train_flops
 from sftdist.model.loss import causal_lm
-from sftdist.train import opened, ready_data
+from sftdist.train import ready_data
 from sftdist.training.build import build_trained, model_config, special_ids
 from sftdist.training.engine import Engine
 from sftdist.training.loop import Flags, update
 from sftdist.training.opening import open_run
+from sftdist.training.parts import opened
 from sftdist.training.planned_model import cost_model
 
 

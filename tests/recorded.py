@@ -10,7 +10,8 @@ from typing import Any
 
 from sftdist import train
 from sftdist.core import config
-from sftdist.core.settings import TrainConfig
+from sftdist.core.settings import TrainJobConfig
+from sftdist.training.replay import without_job_keys
 
 NOTES = "RECORDED"  # the variable that names the folder for them
 
@@ -24,8 +25,8 @@ class Recorded:
     def __call__(self, rank: int, pipe: Any = None) -> None:
         original = train.run_rank
 
-        def run_rank(cfg: TrainConfig) -> int:
-            (self.folder / str(rank)).write_text(config.to_yaml(cfg))
+        def run_rank(cfg: TrainJobConfig) -> int:
+            (self.folder / str(rank)).write_text(config.to_yaml(without_job_keys(cfg)))
             return original(cfg)
 
         train.run_rank = run_rank

@@ -102,14 +102,18 @@ def lay_out_overfit(cfg: TrainJobConfig) -> TrainConfig:
 
 def chosen_documents(corpus: Corpus, count: int, seed: int) -> list[Document]:
     """`count` rows of what is trained on, drawn from all sources that have a share; all where there are fewer."""
-    places = [(s, at) for s, table in enumerate(corpus.tables) if table.lam > 0 for at in range(len(table.rows))]
-    drawn = np.random.default_rng(seed).permutation(len(places))[:count]
+    sizes = [len(table.rows) if table.lam > 0 else 0 for table in corpus.tables]
+    ends = np.cumsum(sizes)
+    # Floyd's draw for few out of many: no list of 10^8 rows is made.
+    drawn = np.sort(np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False))
     documents = []
-    for source, at in (places[int(one)] for one in sorted(drawn)):
-        table, store = corpus.tables[source], corpus.stores[source]
-        row, length = int(table.rows[at]), int(table.lengths[at])
-        ids, weights = store.tokens(row)
-        name = f"{store.name}/{store.row_ids(table.rows[at : at + 1])[0]}"
+    for place in drawn.tolist():
+        source = int(np.searchsorted(ends, place, side="right"))
+        at = place - int(ends[source]) + sizes[source]
+        table, store, here = corpus.tables[source], corpus.stores[source], slice(at, at + 1)
+        rows, length = table.rows[here], int(table.lengths[here][0])
+        ids, weights = store.tokens(int(rows[0]))
+        name = f"{store.name}/{store.row_ids(rows)[0]}"
         documents.append(Document(ids[:length], weights[:length], source, name))
     return documents
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sftdist.core import config
-from sftdist.core.settings import PrepareConfig, TrainConfig
+from sftdist.core.settings import PrepareConfig, TrainJobConfig
 from sftdist.core.storage import read_json
 from sftdist.data.store import SPLITS, TokenStore
 from sftdist.data.vocabulary import train_tokenizer
@@ -51,7 +51,7 @@ class Desk:
         return code, said.out, said.err
 
     def train(self, *words: str) -> tuple[int, str]:
-        code = config.main(TrainConfig, start, "train", [*self.base, "data.train=train.jsonl", *words])
+        code = config.main(TrainJobConfig, start, "train", [*self.base, "data.train=train.jsonl", *words])
         return code, self.screen.readouterr().err
 
     def splits(self) -> dict[str, str]:

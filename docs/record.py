@@ -40,7 +40,7 @@ _STEP = re.compile(
 )
 _PICTURE = re.compile(r"<!-- screenshot: (?P<file>\S+) (?P<size>\d+x\d+) -->\n!\[[^\]]*\]\((?P<to>[^)]+)\)")
 # What differs from run to run: figures with their units, hexadecimal names, and how columns and rules are padded.
-_VARIES = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,}\b|[-+]?\d[\d,.:]*(?:e[-+]?\d+)?")
+_VARIES = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,}\b|(?:(?<!\w)[-+])?\d[\d,.:]*(?:e[-+]?\d+)?")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Models:
 
 def find_models(asked: Asked) -> Models:
     """Raises ConfigError where there is no such model, or no base though one is asked for."""
-    settings = snapshot.read_config(Path(asked.run).expanduser()) if is_run(asked.run) else None
+    settings = snapshot.read_config(Path(str(asked.run)).expanduser()) if is_run(asked.run) else None
     folder = _folder(asked)
     require_model(folder)
     if settings is None:

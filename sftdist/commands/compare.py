@@ -69,7 +69,7 @@ def show(
     in_json: bool,
     html: Path | None = None,
 ) -> None:
-    """Print the comparison, and write the page where one is asked for. Raises ConfigError with all that is wrong with what was given."""
+    """Print the comparison, and write the page where one is asked for. Raises ConfigError with all that is wrong."""
     runs, waiting = _given(run_dirs, sweep)
     names = metrics_of(runs, patterns)
     wanted = [*names, sort] if sort and any(sort in run.report.metrics for run in runs if run.report) else names
@@ -84,10 +84,10 @@ def show(
         found = {"Configuration": differing, "Code and machine": code, "Data": data}
         write_page(html, [row[:-1] for row in cells], runs, found, said)
     if in_json:
-        found = as_json(runs, figures, differing, said, code=code, data=data)
-        for run, entry in zip(runs, found["runs"], strict=True):
+        every = as_json(runs, figures, differing, said, code=code, data=data)
+        for run, entry in zip(runs, every["runs"], strict=True):
             entry["curves"] = curves_of(run)
-        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(every, indent=2, ensure_ascii=False, allow_nan=False))
         return
     for line in table(cells, [*lines_of("code and machine:", code), *lines_of("data:", data)], said):
         print(line)

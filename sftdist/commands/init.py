@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus", type=_count, metavar="N", help="to train on; default: those of this machine, else one CPU rank"
     )
-    parser.add_argument("--gpu", metavar="KIND", help="such as h100, a100, rtx-4090; default: this machine's, else h100")
+    parser.add_argument("--gpu", metavar="KIND", help="h100, a100, rtx-4090, ...; default: this machine's, or h100")
     parser.add_argument("--memory-gib", type=_above_zero, metavar="M", help="of one GPU; default: what it has")
     parser.add_argument("--folder", type=Path, default=Path(), help="the files are written below it; default: here")
     parser.add_argument("--force", action="store_true", help="replace files that are there")

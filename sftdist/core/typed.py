@@ -220,12 +220,16 @@ def _meant(hint: Any, value: Any, path: str) -> str:
 
 
 def _meant_key(schema: type, value: Any, path: str) -> str:
-    """The first key of a section that could hold a value which was given for the section itself."""
+    """The first key of a section that could hold a value which was given for the section itself. Words hold anything:
+    a number is meant for one that holds numbers."""
     hints = get_type_hints(schema)
-    for name, hint in hints.items():
-        scalar = next((part for part in get_args(hint) if part is not NoneType), hint)
-        if scalar is Any or _convert(scalar, value) is not None:
-            return f"did you mean {path}.{name}={value}?"
+    scalars = {
+        name: next((part for part in get_args(hint) if part is not NoneType), hint) for name, hint in hints.items()
+    }
+    fitting = [name for name, kind in scalars.items() if kind is Any or _convert(kind, value) is not None]
+    if fitting:
+        best = next((name for name in fitting if isinstance(value, str) or scalars[name] is not str), fitting[0])
+        return f"did you mean {path}.{best}={value}?"
     return f"its keys are {', '.join(f'{path}.{name}' for name in hints)}"
 
 

@@ -43,12 +43,12 @@ class Spoiled(torch.autograd.Function):
 
 def nan_in_a_layer(module: LossModel) -> None:
     with torch.no_grad():
-        module.get_submodule(_inside(module, "model.layers.1.mlp.up_proj")).weight[0, 0] = math.nan
+        module.get_parameter(_inside(module, "model.layers.1.mlp.up_proj") + ".weight")[0, 0] = math.nan
 
 
 def nan_for_a_token(module: LossModel) -> None:
     with torch.no_grad():
-        module.get_submodule(_inside(module, "model.embed_tokens")).weight[RARE] = math.inf
+        module.get_parameter(_inside(module, "model.embed_tokens") + ".weight")[RARE] = math.inf
 
 
 def nan_in_the_backward(module: LossModel) -> None:

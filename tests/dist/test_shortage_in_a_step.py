@@ -28,7 +28,7 @@ def short_of_memory(rank: int, pipe: Any) -> None:
             torch.empty(2**50, dtype=torch.uint8)
         return original(engine, lr)
 
-    Engine.step = step  # type: ignore[method-assign]
+    Engine.step = step  # type: ignore[assignment, method-assign]
 
 
 def test_memory_by_part_and_overrides_that_would_fit(tmp_path: Path) -> None:

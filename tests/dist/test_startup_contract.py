@@ -263,7 +263,7 @@ FAULTS = [
     Fault(5, log_is_a_file, ("run-with-a-log/log", "cannot be written", "make run.dir writable")),
     Fault(6, another_scaling, ("sdpa differs from the model's own eager attention", "cannot be trained exactly")),
     store_fault(8, unknown_later, "token id 60000 is in the data, but the embedding has", "needs at least 60001"),
-    Fault(9, a_small_machine, ("predicted", "measured", "only 0.12 GiB are there", "use more ranks")),
+    Fault(9, a_small_machine, ("0.12 GiB are there", "predicted were", "by part, as predicted", "use more ranks")),
     Fault(10, short_grace, ("a save would take about", "Set checkpoint.grace_seconds=1")),
     Fault(10, a_full_host, ("only 0.00 GiB are free there", "Set checkpoint.background=false")),
     Fault(

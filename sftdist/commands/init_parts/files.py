@@ -84,8 +84,8 @@ def _require_right(values: Sequence[Value]) -> None:
 def _head(seen: Seen) -> list[str]:
     plan = f" {seen.machine.plan_words}" if seen.machine.plan_words else ""
     return [
-        f"Written by sftdist init for {seen.model.path} and {seen.data.path}, on {seen.machine}. Every value is yours to "
-        "change; what is not here has its default (sftdist train --help).",
+        f"Written by sftdist init for {seen.model.path} and {seen.data.path}, on {seen.machine}. Every value is yours "
+        "to change; what is not here has its default (sftdist train --help).",
         f"  sftdist prepare +exp={seen.name}",
         f"  sftdist plan +exp={seen.name}{plan}",
         f"  sftdist train +exp={seen.name}",

@@ -59,19 +59,19 @@ class Account:
         """The first of these keys that the file gives."""
         return next((key for key in keys if key in self.given), None)
 
-    def set(self, ours: str, value: Any, origin: str) -> None:
+    def put(self, ours: str, value: Any, origin: str) -> None:
         """A value of ours, and in a few words why."""
         self.values[ours] = value
         self.origins[ours] = origin
 
     def carry(self, key: str, ours: str, value: Any, text: str = "") -> None:
         """The key has become one of ours and means the same."""
-        self.set(ours, value, key)
+        self.put(ours, value, key)
         self.note(Kind.carried, key, f"{ours}={shown(value)}" + (f" ({text})" if text else ""))
 
     def default(self, key: str, ours: str, value: Any) -> None:
         """The file does not give the key, and what the peer takes then is not what is taken here."""
-        self.set(ours, value, f"the default of {key} there")
+        self.put(ours, value, f"the default of {key} there")
 
     def note(self, kind: Kind, key: str, text: str) -> None:
         """What became of a key; a key may have several notes."""

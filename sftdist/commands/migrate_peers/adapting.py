@@ -77,7 +77,7 @@ def target(key: str, *, default: list[str] | str, all_key: str | None = None) ->
         elif all(map(_NAME.fullmatch, names)) and names:
             account.carry(key, "tune.target", names)
         else:
-            account.set("tune.target", "all-linear", f"instead of {key}")
+            account.put("tune.target", "all-linear", f"instead of {key}")
             account.left(key, f"given {account.get(key)}, a pattern; tune.target takes names, so all-linear is taken")
 
     return Rule(keys, "tune.target", "the same; all linear layers are all-linear", apply)
@@ -91,7 +91,7 @@ def bits(
     def apply(account: Account) -> None:
         low = four(account)
         if low:
-            account.set("tune.method", "qlora", f"{method_key}, in four bits")
+            account.put("tune.method", "qlora", f"{method_key}, in four bits")
         for key in filter(account.has, keys):
             if not is_on(account.get(key)):
                 account.unneeded(key, "switched off there, and not done here")

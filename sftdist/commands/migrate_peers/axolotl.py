@@ -40,9 +40,9 @@ def _adapter() -> Rule:
             account.carry("adapter", "tune.method", method)
         elif account.has("adapter"):
             account.left("adapter", f"given {method}; LoRA and QLoRA are what there is: tune.method=lora is taken")
-            account.set("tune.method", "lora", f"instead of {method}")
+            account.put("tune.method", "lora", f"instead of {method}")
         else:
-            account.set("tune.method", "full", "no adapter is given")
+            account.put("tune.method", "full", "no adapter is given")
 
     return Rule(("adapter",), "tune.method", "lora, qlora; without it full", apply)
 
@@ -111,7 +111,7 @@ def _wandb() -> Rule:
     def apply(account: Account) -> None:
         used = is_on(account.get("use_wandb")) or account.has("wandb_project")
         if not used or str(account.get("wandb_mode")) == "disabled":
-            account.set("tracking.wandb", "disabled", "no wandb_project")
+            account.put("tracking.wandb", "disabled", "no wandb_project")
         for key, ours in (("wandb_project", "tracking.project"), ("wandb_entity", "tracking.entity")):
             if account.has(key):
                 account.carry(key, ours, str(account.get(key)))

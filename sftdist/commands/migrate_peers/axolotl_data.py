@@ -79,7 +79,7 @@ def _one(account: Account) -> None:
     """An entry with its own account."""
     path = _path(account)
     shape, function = _shape(account)
-    hub = hub_keys(account, path or "", HUB)
+    hub = hub_keys(account, path if isinstance(path, str) else "", HUB)
     if path is not None:
         values = {"path": path, **({"shape": shape} if shape else {}), **hub}
         name = add(account, values, "datasets")
@@ -244,7 +244,7 @@ def validation_share(key: str) -> Rule:
         if 0 <= value < 1:
             account.carry(key, "data.val_fraction", value)
             if not is_on(value):
-                account.set("eval.every_steps", 0, f"{key}: no validation rows")
+                account.put("eval.every_steps", 0, f"{key}: no validation rows")
         else:
             account.differs(key, f"given {value:g} rows; data.val_fraction is a share, 0.02 where nothing is said")
 

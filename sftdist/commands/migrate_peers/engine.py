@@ -22,7 +22,7 @@ def precision(bf16: tuple[str, ...], fp16: tuple[str, ...], *, default: str, fur
         half = next((key for key in fp16 if is_on(account.get(key))), None)
         off = any(account.has(key) and not is_on(account.get(key)) for key in bf16)
         ours = "bf16" if low else "fp16" if half else default if default != "bf16" or not off else "fp32"
-        account.set("precision", ours, low or half or "what is taken there")
+        account.put("precision", ours, low or half or "what is taken there")
         for key in filter(account.has, (*bf16, *fp16)):
             if key in (low, half):
                 account.carry(key, "precision", ours)
@@ -95,7 +95,7 @@ def fsdp(*further: str) -> Rule:
             if isinstance(settings, Mapping) and is_on(settings.get(key))
         ]
         if offload or "offload" in str(account.get("fsdp", "")):
-            account.set("zero.offload", "optimizer", "fsdp offloads")
+            account.put("zero.offload", "optimizer", "fsdp offloads")
             account.differs(
                 account.first(("fsdp_config", "fsdp")) or "fsdp", "offloads weights; here the optimizer's state"
             )

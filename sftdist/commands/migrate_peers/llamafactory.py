@@ -52,13 +52,13 @@ def _method() -> Rule:
     def apply(account: Account) -> None:
         method = str(account.get("finetuning_type", "lora"))
         if method in ("lora", "full"):
-            account.set(
+            account.put(
                 "tune.method", method, "finetuning_type" + ("" if account.has("finetuning_type") else ", not given")
             )
             if account.has("finetuning_type"):
                 account.note(Kind.carried, "finetuning_type", f"tune.method={method}")
         else:
-            account.set("tune.method", "lora", f"instead of {method}")
+            account.put("tune.method", "lora", f"instead of {method}")
             account.left("finetuning_type", f"given {method}; full, LoRA and QLoRA are what there is: lora is taken")
 
     return Rule(("finetuning_type",), "tune.method", "full, lora", apply)

@@ -55,7 +55,7 @@ def _rate(default: float | None) -> Rule:
             account.default("learning_rate", "optimizer.lr", default)
         else:
             method = account.values.get("tune.method", "full")
-            account.set("optimizer.lr", SUGGESTED[method], f"no learning_rate is given; usual for {method}")
+            account.put("optimizer.lr", SUGGESTED[method], f"no learning_rate is given; usual for {method}")
             account.differs("(learning_rate)", f"not given, and required there; optimizer.lr={SUGGESTED[method]:g}")
 
     return Rule(("learning_rate",), "optimizer.lr", "the same", apply)
@@ -70,7 +70,7 @@ def _optimizer(key: str) -> Rule:
         elif name == "sgd":
             account.carry(key, "optimizer.name", "sgd")
         elif name in ADAMW_OF_ANOTHER_PRECISION:
-            account.set("optimizer.name", "adamw", key)
+            account.put("optimizer.name", "adamw", key)
             account.differs(key, f"given {name}; AdamW with fp32 moments here: the same update, more memory")
         else:
             account.left(key, f"given {name}; AdamW is taken, so look at the learning rate again")
@@ -104,7 +104,7 @@ def _schedule(key: str, default: str, default_warmup: float, least: tuple[str, .
         name = str(account.get(key, default))
         ours = SCHEDULES.get(name)
         if ours is None:
-            account.set("optimizer.schedule", "cosine", f"instead of {name}")
+            account.put("optimizer.schedule", "cosine", f"instead of {name}")
             account.left(key, f"given {name}; cosine is taken, others are cosine, linear and constant")
         elif account.has(key):
             account.carry(key, "optimizer.schedule", ours)
@@ -137,7 +137,7 @@ def _min_ratio(account: Account, schedule: str | None, least: tuple[str, ...]) -
         ratio, origin = number(name, account.get(name)), name
         account.carry(name, "optimizer.min_lr_ratio", ratio)
     if schedule != "constant":
-        account.set("optimizer.min_lr_ratio", ratio, origin)
+        account.put("optimizer.min_lr_ratio", ratio, origin)
 
 
 def _warmup(account: Account, default: float, *, held: bool) -> None:
@@ -146,7 +146,7 @@ def _warmup(account: Account, default: float, *, held: bool) -> None:
     if held:
         for key in given:
             account.unneeded(key, "their schedule constant has no warm-up")
-        account.set("optimizer.warmup_ratio", 0.0, "their schedule constant has none")
+        account.put("optimizer.warmup_ratio", 0.0, "their schedule constant has none")
         return
     steps = number("warmup_steps", account.get("warmup_steps", 0))
     ratio = number("warmup_ratio", account.get("warmup_ratio", 0))
@@ -158,7 +158,7 @@ def _warmup(account: Account, default: float, *, held: bool) -> None:
         account.carry("warmup_steps", "optimizer.warmup_ratio", share, f"{steps:g} of {total} steps")
     elif steps >= 1:
         text = "ours is a share of all steps, whose number the data decides: 0.03; correct it after `sftdist prepare`"
-        account.set("optimizer.warmup_ratio", 0.03, f"instead of warmup_steps {steps:g}")
+        account.put("optimizer.warmup_ratio", 0.03, f"instead of warmup_steps {steps:g}")
         account.differs("warmup_steps", f"given {steps:g}; {text}")
     elif account.has("warmup_ratio"):
         account.carry("warmup_ratio", "optimizer.warmup_ratio", ratio)

@@ -23,7 +23,7 @@ def report_to(*, default: str, project: str | None = None) -> Rule:
             if wandb or not others:
                 account.note(Kind.carried, "report_to", "W&B as before" if wandb else "tracking.wandb=disabled")
         if not wandb:
-            account.set("tracking.wandb", "disabled", "no W&B there")
+            account.put("tracking.wandb", "disabled", "no W&B there")
         if project and account.has(project):
             account.carry(project, "tracking.project", str(account.get(project)))
 
@@ -54,7 +54,7 @@ def output_dir() -> Rule:
         folder = str(account.get("output_dir"))
         if _is_taken(account.folder / folder):
             ours = f"{folder.rstrip('/')}-sftdist"
-            account.set("run.dir", ours, "output_dir holds files of the old job")
+            account.put("run.dir", ours, "output_dir holds files of the old job")
             account.differs("output_dir", f"given {folder}, which holds files of the old job; run.dir={ours}")
         else:
             account.carry("output_dir", "run.dir", folder, "the model is in its export/")

@@ -28,7 +28,7 @@ def step_size(
         for key in (batch, ACCUMULATION, *([total] if total else [])):
             if account.has(key):
                 account.carry(key, ours, each * times * account.gpus, text)
-        account.set(ours, each * times * account.gpus, f"{batch} x {ACCUMULATION} x GPUs: {text}")
+        account.put(ours, each * times * account.gpus, f"{batch} x {ACCUMULATION} x GPUs: {text}")
         account.differs("(micro-batches)", _micro_batches(account.gpus))
         for key in filter(account.has, packing):
             _say_packing(key, account)
@@ -80,11 +80,11 @@ def overlong(keys: tuple[str, ...], *, default: str, say: str = "") -> Rule:
     def apply(account: Account) -> None:
         key = account.first(keys)
         if key is None:
-            account.set("data.overlong", default, "what is done there with rows that are too long")
+            account.put("data.overlong", default, "what is done there with rows that are too long")
         elif str(account.get(key)) in words:
             account.carry(key, "data.overlong", words[str(account.get(key))])
         else:
-            account.set("data.overlong", "drop", f"instead of {account.get(key)}")
+            account.put("data.overlong", "drop", f"instead of {account.get(key)}")
             account.left(key, f"given {account.get(key)}; drop is taken, others are truncate and error")
         if say:
             account.differs("(too long)", say)
@@ -213,6 +213,6 @@ def _best(account: Account) -> None:
 def _keep_best(account: Account, key: str) -> None:
     """Every evaluated step needs a checkpoint, so both come equally often."""
     every = account.values.get("eval.every_steps", 100) or 100
-    account.set("eval.every_steps", every, "for the best checkpoint")
-    account.set("checkpoint.every_steps", every, "every evaluated step needs a checkpoint")
+    account.put("eval.every_steps", every, "for the best checkpoint")
+    account.put("checkpoint.every_steps", every, "every evaluated step needs a checkpoint")
     account.carry(key, "checkpoint.keep_best", True)

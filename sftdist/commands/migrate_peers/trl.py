@@ -42,7 +42,7 @@ def _has_adapter(account: Account) -> bool:
 def _adapter() -> Rule:
     def apply(account: Account) -> None:
         method = "lora" if _has_adapter(account) else "full"
-        account.set("tune.method", method, "use_peft" if account.has("use_peft") else "use_peft is not given")
+        account.put("tune.method", method, "use_peft" if account.has("use_peft") else "use_peft is not given")
         if account.has("use_peft"):
             account.note(Kind.carried, "use_peft", f"tune.method={method}")
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from sftdist.commands.compare import main
+from sftdist.core import ledger
 from sftdist.core.agent import write_status
+from sftdist.core.runfacts import DATA
 from sftdist.core.settings import DataSettings, OptimizerSettings, SourceSettings, TrainConfig
 from sftdist.core.snapshot import write_config
 from sftdist.core.storage import append_jsonl, write_json, write_manifest
@@ -35,6 +37,11 @@ def make_run(path: Path, *, lr: float = 1e-4, lam: float = 0.7, steps: int = 4, 
     figures = {"step_seconds": 15.0, "tokens": 100, "supervised_tokens": 50.0, "share/a": 0.6, "share/b": 0.4}
     append_jsonl(path / "metrics.jsonl", ({"kind": "train", "step": step + 1, **figures} for step in range(steps)))
     append_jsonl(path / "metrics.jsonl", [{"kind": "eval", "step": steps, "eval/loss": loss}])
+    counts = {"train": {"rows": 100, "targets": 5000.0}}
+    own = {"licence": None, "origin": None, "contract": None, "guideline": None, "made_of": {}, "splits": counts}
+    write_json(path / DATA, {"sources": {name: {"key": f"key of {name}", **own} for name in sources}})
+    made = {"git": {"commit": "c" * 40, "dirty": False}, "versions": {"torch": "2.13"}, "hardware": {"ranks": 2}}
+    ledger.record(path.parent / ledger.FILE, {"dir": str(path), **made})
     (path / "export").mkdir()
     (path / "export" / "model.safetensors").write_bytes(path.name.encode())
     (path / "export" / "config.json").write_text("{}")
@@ -102,6 +109,43 @@ def test_json_has_what_the_table_has(two: list[Path], capsys: pytest.CaptureFixt
     assert high["gate"] == {"state": "passed", "passed": True, "stopping": []}
     assert found["differs"] == {"optimizer.lr": {"low": 0.0001, "high": 0.0003}}
     assert found["notes"] == []
+
+
+def test_other_code_and_other_data_are_told(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    edited = {"git": {"commit": "d" * 40, "dirty": True}, "versions": {"torch": "2.13"}, "hardware": {"ranks": 1}}
+    ledger.record(two[1].parent / ledger.FILE, {"dir": str(two[1]), **edited})
+    manifest = json.loads((two[1] / DATA).read_text())
+    manifest["sources"]["a"] |= {"key": "another", "splits": {"train": {"rows": 90, "targets": 4000.0}}}
+    write_json(two[1] / DATA, manifest)
+    found = entries(capsys, *two)
+    assert found["code"] == {
+        "commit": {"low": "c" * 12, "high": f"{'d' * 12} with changes that are in no commit"},
+        "ranks": {"low": 2, "high": 1},
+    }
+    assert found["data"] == {
+        "a, train": {"low": "100 rows with 5,000 supervised tokens", "high": "90 rows with 4,000 supervised tokens"},
+        "a, store": {"low": "key of a", "high": "another"},
+    }
+    shown = said(capsys, *two)
+    assert "  a, train: low 100 rows with 5,000 supervised tokens, high 90 rows" in shown
+    assert "  ranks: low 2, high 1" in shown
+
+
+def test_what_is_not_known_of_code_and_data_is_said(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (two[0].parent / ledger.FILE).unlink()
+    (two[0] / DATA).unlink()
+    notes = entries(capsys, *two)["notes"]
+    assert "low: no data manifest, so its data are not known" in notes
+    assert any(note.startswith("low, high: no line in the ledger") for note in notes)
+
+
+def test_the_page_has_both_curves_and_what_differs(two: list[Path], tmp_path: Path) -> None:
+    assert main([*map(str, two), "--html", str(tmp_path / "compare.html")]) == 0
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "optimizer.lr" in page
+    assert page.count("low") > 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from transformers import AutoConfig
 
 from benchmarks.predictions import LLAMA_8B
 from sftdist.model.cost import (
-    GIB,
     Setup,
     attention_terms,
     dense_flops,
@@ -20,7 +19,6 @@ from sftdist.model.cost import (
     memory,
     parameters,
     shape_of,
-    total,
     train_flops,
     visible_pairs,
 )

@@ -231,7 +231,6 @@ class ModelSettings:
     shape: dict[str, Any] | None = None  # a transformers config as a mapping, `model_type` included
     tokenizer: str | None = None  # default: model.path
     vocabulary: int | None = None  # train a byte-level BPE of this size on the train sources
-    add_tokens: list[str] = field(default_factory=list)  # each becomes one token, with a row of its own that trains
     chat_template: str | None = None  # chatml | llama3 | FILE; default: the tokenizer's own
     template_args: dict[str, Any] = field(default_factory=dict)  # further template variables: {enable_thinking: false}
     attention: Attention = Attention.auto

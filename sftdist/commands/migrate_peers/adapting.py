@@ -125,8 +125,6 @@ def further_weights(key: str) -> Rule:
 
     def apply(account: Account) -> None:
         if account.has(key):
-            account.left(
-                key, f"given {account.get(key)}; only the adapter is trained here, model.add_tokens trains new rows"
-            )
+            account.left(key, f"given {account.get(key)}; only the adapter is trained here")
 
     return Rule((key,), NONE, "layers that are trained whole beside the adapter", apply)

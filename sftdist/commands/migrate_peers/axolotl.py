@@ -85,7 +85,7 @@ def _special_tokens() -> Rule:
             return
         named = [str(key) for key, value in given.items() if value and key not in ("pad_token", _ADDED)]
         if given.get(_ADDED):
-            account.left("special_tokens", f"{_ADDED}; model.add_tokens adds tokens")
+            account.left("special_tokens", f"{_ADDED}; add the tokens to the tokenizer and the model's folder first")
         if named:
             text = f"{', '.join(named)}; the tokenizer's and the chat template's own are taken here"
             account.differs("special_tokens", text)

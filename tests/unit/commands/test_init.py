@@ -112,18 +112,18 @@ def test_nothing_that_is_there_is_replaced(model: Path, folder: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "code", "said"),
     [
-        ("a b", "my.jsonl", "required letters, digits"),
-        ("quickstart", "my.jsonl", "which sftdist has itself"),
-        ("mine", "absent.jsonl", "does not exist"),
+        ("a b", "my.jsonl", 2, "required letters, digits"),
+        ("quickstart", "my.jsonl", 2, "which sftdist has itself"),
+        ("mine", "absent.jsonl", 3, "does not exist"),
     ],
 )
 def test_wrong_words_are_told(
-    model: Path, folder: Path, name: str, data: str, said: str, capsys: pytest.CaptureFixture[str]
+    model: Path, folder: Path, name: str, data: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written(folder / "my.jsonl", TEXT)
-    assert init(model, folder / data, name=name) == 2
+    assert init(model, folder / data, name=name) == code
     assert said in capsys.readouterr().err
     assert not (folder / "conf").exists()
 

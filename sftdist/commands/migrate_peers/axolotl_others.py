@@ -84,7 +84,12 @@ OTHERS = (
     leave("noise on embeddings", "neftune_noise_alpha", "noisy_embedding_alpha"),
     leave("code of a model's folder is not run", "trust_remote_code"),
     leave("each plugin's own keys are looked at; the plugin itself has no place here", "plugins"),
-    leave("add the tokens to the tokenizer and the model's folder first", "tokens", "added_tokens_overrides", "fix_untrained_tokens"),
+    leave(
+        "tokens are added to the tokenizer and the model's folder",
+        "tokens",
+        "added_tokens_overrides",
+        "fix_untrained_tokens",
+    ),
     leave(
         "the vocabulary keeps its size",
         "resize_token_embeddings_to_32x",

@@ -60,9 +60,13 @@ OTHERS = (
         "the start is model.path; an adapter as a start has to be merged first", "adapter_folder", "create_new_adapter"
     ),
     leave(
-        "add the tokens to the tokenizer and the model's folder first", "add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab"
+        "tokens are added to the tokenizer and the model's folder",
+        "add_tokens",
+        "add_special_tokens",
+        "new_special_tokens_config",
+        "resize_vocab",
     ),
-    leave("add the tokens to the tokenizer and the model's folder first", "init_special_tokens", "split_special_tokens"),
+    leave("tokens are added to the tokenizer and the model's folder", "init_special_tokens", "split_special_tokens"),
     leave("the model's own config is taken as it is", "rope_scaling", "moe_aux_loss_coef", "train_from_scratch"),
     leave("a change of the model's layers", "shift_attn", "mixture_of_depths", "use_llama_pro"),
     leave("training stops at train.epochs or train.max_steps; the best checkpoint can be kept", "early_stopping_steps"),

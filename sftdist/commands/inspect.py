@@ -1,7 +1,7 @@
 """`sftdist inspect`: what is trained, token by token, for every row of the sources in file order, or in one step.
 
-No model is loaded, and nothing is written but the page or the lines that were asked for. A row that cannot be parsed
-or whose mask cannot be proven is a line like any other, with the reason in `refused`.
+But for `worst=N` no model is loaded, and nothing is written but the page or the lines that were asked for. A row that
+cannot be parsed or whose mask cannot be proven is a line like any other, with the reason in `refused`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sftdist.assets import quickstart
 from sftdist.commands.inspect_page import write_html
 from sftdist.commands.inspect_step import documents_of_step
 from sftdist.commands.inspect_views import print_terminal
+from sftdist.commands.inspect_worst import worst_rows
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
 from sftdist.data.clean import Rules, normalise
@@ -42,13 +43,15 @@ class InspectResult:
 def run(cfg: InspectConfig) -> InspectResult:
     """Show the rows; refused ones are no failure. `ConfigError` and `DataError` as `prepare` raises them.
 
-    With `step=N` they are the documents of that step (from 1), pack by pack, of which stores are made where there are
-    none.
+    With `step=N` they are the documents of that step (from 1), pack by pack, with `worst=N` the train rows that a
+    checkpoint finds hardest; stores are made where there are none.
     """
     quickstart.lay_out(cfg)
     request = request_of(cfg.data, cfg.model)
     say = partial(print, file=sys.stderr)
-    if cfg.step is None:
+    if cfg.worst is not None:
+        lines = worst_rows(cfg, request, say)
+    elif cfg.step is None:
         lines = _lines(request.sources, request.rules, template_of(request, say), cfg.limit)
     else:
         lines = islice(documents_of_step(cfg, request, say), cfg.limit)

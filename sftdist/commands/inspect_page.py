@@ -46,10 +46,14 @@ def _article(row: Mapping[str, Any]) -> Iterator[str]:
     if row.get("pack"):
         start = row["pack"]["start"]
         place = f", {start:,} to {start + len(tokens):,} of the pack"
-    title = f"{trained:,} of {len(tokens):,} tokens supervised{place}"
+    loss = f"loss {row['loss']:.3f}, " if "loss" in row else ""
+    title = f"{loss}{trained:,} of {len(tokens):,} tokens supervised{place}"
     yield f"<article><h2>{escape(row['id'])} <small>{title}</small></h2>"
     if row["refused"] is not None:
         yield f'<p class="refused">refused: {escape(row["refused"])}</p>'
+    if "worst_tokens" in row:
+        worst = ", ".join(f"<code>{escape(repr(one['text']))}</code> {one['loss']:.2f}" for one in row["worst_tokens"])
+        yield f"<p>worst tokens: {worst}</p>"
     if tokens or row["text"]:
         yield f'<pre tabindex="0" aria-label="{escape(row["id"])}">'
         yield from _messages(row)

@@ -59,15 +59,15 @@ def documents_of_step(
     corpus = corpus_of(cfg, prepared)
     model = planned_config(cfg, len(corpus.template.tokenizer))
     plan = Plan(corpus.tables, plan_spec(cfg), cost_model(model, cfg.tune, corpus.supervised_share))
-    packs = [_documents(pack) for pack in _step(plan, cfg.step or 0).packs]
+    packs = [_documents(pack) for pack in _step(plan, int(cfg.step or 0)).packs]
     if cfg.run.dir is not None:
-        _require_noted(Path(cfg.run.dir) / RECORDED, cfg.step or 0, packs, corpus)
-    lines = _explained(request, corpus, {document.place(corpus) for pack in packs for document in pack})
+        _require_noted(Path(cfg.run.dir) / RECORDED, int(cfg.step or 0), packs, corpus)
+    lines = explained(request, corpus, {document.place(corpus) for pack in packs for document in pack})
     for number, pack in enumerate(packs):
         ends = list(accumulate(document.length for document in pack))
         about = {"documents": len(pack), "tokens": ends[-1], "pack_tokens": plan.spec.pack_tokens, "packs": len(packs)}
         for document, end in zip(pack, ends, strict=True):
-            line = _as_trained(document, lines[*document.place(corpus), document.id(corpus)], corpus)
+            line = as_trained(document, lines[*document.place(corpus), document.id(corpus)], corpus)
             yield {**line, "pack": {"number": number, "start": end - document.length, **about}}
 
 
@@ -95,7 +95,7 @@ def _require_noted(file: Path, step: int, packs: list[list[Document]], corpus: C
         )
 
 
-def _explained(
+def explained(
     request: PrepareRequest, corpus: Corpus, wanted: set[tuple[int, str, int]]
 ) -> dict[tuple[int, str, int, str], dict[str, Any]]:
     """The lines of the rows at these places: one pass over the sources, of which only these are kept."""
@@ -109,7 +109,7 @@ def _explained(
     return found
 
 
-def _as_trained(document: Document, line: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
+def as_trained(document: Document, line: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
     """The line with the weights of the loss, cut where the plan cuts it. Raises DataError where the store has other
     tokens."""
     store = corpus.stores[document.source]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any, TextIO
 
@@ -26,12 +26,22 @@ def print_terminal(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
         trained = sum(token["supervised"] for token in row["tokens"])
         tokens, supervised = tokens + len(row["tokens"]), supervised + trained
         refused += row["refused"] is not None
-        console.rule(Text(f"{row['id']}  {trained} of {len(row['tokens'])} tokens supervised"), align="left")
+        console.rule(
+            Text(f"{row['id']}  {trained} of {len(row['tokens'])} tokens supervised{_loss(row)}"), align="left"
+        )
         if row["refused"] is not None:
             console.print(Text(f"refused: {row['refused']}", style="bold red"))
         console.print(_coloured(row, marked=not console.is_terminal))
     share = f"{supervised:,} of {tokens:,} tokens supervised"
     console.rule(Text(f"{count:,} rows, {refused:,} refused, {share}"), align="left")
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    """Of a row of `worst=N`: its loss and its worst tokens."""
+    if "loss" not in row:
+        return ""
+    tokens = ", ".join(f"{token['text']!r} {token['loss']:.2f}" for token in row["worst_tokens"])
+    return f"  loss {row['loss']:.3f}, worst {tokens}"
 
 
 def _coloured(row: dict[str, Any], marked: bool) -> Text:

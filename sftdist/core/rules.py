@@ -16,6 +16,7 @@ from sftdist.core.settings import (
     EvaluateConfig,
     ExportConfig,
     Init,
+    InspectConfig,
     Kernels,
     Method,
     MonitorConfig,
@@ -153,6 +154,8 @@ def _words(cfg: TrainConfig) -> Iterator[str]:
         yield from _cluster(cfg)
     if isinstance(cfg, PrepareConfig) and cfg.lock is not None and cfg.data.holdout_lock is None:
         yield f"lock: given {shown(cfg.lock)} without data.holdout_lock; say which file: data.holdout_lock=FILE.json"
+    if isinstance(cfg, InspectConfig):
+        yield from _inspect(cfg)
     if isinstance(cfg, ExportConfig) and cfg.step not in ("latest", "best") and not cfg.step.isdecimal():
         yield f"step: given {shown(cfg.step)}, required latest, best or the number of a step"
     target = cfg.tune.target
@@ -201,6 +204,15 @@ def _is_path(path: Any) -> bool:
     if isinstance(path, list):
         return bool(path) and all(isinstance(part, str) and part for part in path)
     return isinstance(path, str) and bool(path)
+
+
+def _inspect(cfg: InspectConfig) -> Iterator[str]:
+    """`step` is one of the plan, or with `worst` that of a checkpoint."""
+    named = ("latest", "best") if cfg.worst is not None else ()
+    if cfg.step is not None and cfg.step not in named and not cfg.step.isdecimal():
+        yield f"step: given {shown(cfg.step)}, required {''.join(f'{name}, ' for name in named)}the number of a step"
+    if cfg.worst is not None and cfg.worst < 1:
+        yield f"worst: given {cfg.worst}, required 1 or more rows"
 
 
 def _model(cfg: TrainConfig) -> Iterator[str]:

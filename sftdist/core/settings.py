@@ -437,7 +437,8 @@ class InspectConfig(DataConfig):
     """The keys of train, and what `inspect` adds."""
 
     limit: int | None = None  # rows
-    step: int | None = None  # the packs of this optimizer step, from 1, instead of all rows
+    step: str | None = None  # the packs of this optimizer step, from 1, instead of all rows; with worst: a checkpoint
+    worst: int | None = None  # so many train rows with the largest loss under a checkpoint of run.dir
     output: str = "terminal"  # terminal | html | jsonl
     file: str | None = None  # where html or jsonl goes; default: standard output
 

@@ -7,7 +7,8 @@ and sums in float32. `reference_ce` is the plain path beside the fast ones, unde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -304,6 +305,17 @@ class LossModel(nn.Module):
             per_source=empty.index_add(0, sources, losses.tokens * counted),
             counts=empty.index_add(0, sources, counted),
         )
+
+
+@contextmanager
+def heard_losses(module: LossModel) -> Iterator[list[Tensor]]:
+    """Inside, each forward adds its losses to the list: float32 [N], unweighted, at the places of its `index`."""
+    heard: list[Tensor] = []
+    handle = module.head_loss.register_forward_hook(lambda part, inputs, losses: heard.append(losses.tokens.detach()))
+    try:
+        yield heard
+    finally:
+        handle.remove()
 
 
 def supervised_positions(targets: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from sftdist.core.snapshot import FILE, differences, read_config
 from sftdist.core.storage import read_jsonl, write_json, write_text
 from sftdist.core.table import columns
 from sftdist.data.loader import IGNORED, Batch, Loader, Step
+from sftdist.model.loss import heard_losses
 from sftdist.training.checkpoint import Checkpoints
 from sftdist.training.engine import Engine
 from sftdist.training.layer_watch import LayerWatch
@@ -186,13 +187,9 @@ def replay_step(
 
 def _watched(parts: Parts, step: Step, world: World, lr: float, recorded: dict[str, float] | None) -> Replay:
     """The step itself, heard layer by layer."""
-    engine, caught = parts.trained.engine, list[Tensor]()
-    handle = engine.module.head_loss.register_forward_hook(lambda part, inputs, out: caught.append(out.tokens.detach()))
-    try:
-        with LayerWatch(engine.module) as watch:
-            losses = run_micro_batches(engine, step, world, Flags)
-    finally:
-        handle.remove()
+    engine = parts.trained.engine
+    with heard_losses(engine.module) as caught, LayerWatch(engine.module) as watch:
+        losses = run_micro_batches(engine, step, world, Flags)
     found = first_of(watch, step, world)
     by_weight, norm = engine.gradient_norms(), _norm_of_update(engine, lr)
     rows = [row for rows in world.gather_objects(row_losses(step, caught, world.rank)) for row in rows]
@@ -220,6 +217,8 @@ def _norm_of_update(engine: Engine, lr: float) -> float:
 def recorded_line(source: Path, number: int) -> dict[str, float] | None:
     """Loss, gradient norm and rate that the run has written of this step; None where it has not."""
     path = source / METRICS
+    if not path.is_file():
+        return None
     lines = [line for line in read_jsonl(path) if line["kind"] == "train" and line["step"] == number]
     return {key: float(lines[-1][key]) for key in ("loss", "grad_norm", "lr")} if lines else None
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,6 @@ from sftdist.assets import quickstart
 from sftdist.commands.inspect_page import write_html
 from sftdist.commands.inspect_step import documents_of_step
 from sftdist.commands.inspect_views import print_terminal
-from sftdist.commands.inspect_worst import worst_rows
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
 from sftdist.data.clean import Rules, normalise
@@ -50,7 +50,8 @@ def run(cfg: InspectConfig) -> InspectResult:
     request = request_of(cfg.data, cfg.model)
     say = partial(print, file=sys.stderr)
     if cfg.worst is not None:
-        lines = worst_rows(cfg, request, say)
+        # Found when it is asked for: every other view starts without the libraries that load models.
+        lines = import_module("sftdist.commands.inspect_worst").worst_rows(cfg, request, say)
     elif cfg.step is None:
         lines = _lines(request.sources, request.rules, template_of(request, say), cfg.limit)
     else:

@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 *WORDS,
                 f"run.dir={name}",
                 "train.max_steps=30",
-                "checkpoint.every_steps=10",
+                "checkpoint.every_steps=4",
                 "checkpoint.keep_last=9",
             ]
             more = ["tune.target=all-linear", "tune.r=8", "optimizer.lr=3e-2"] if name == "lora" else []
@@ -98,10 +98,12 @@ def test_the_loss_is_that_of_the_exported_model(inside: Path) -> None:
 
 @pytest.mark.usefixtures("inside")
 def test_an_earlier_checkpoint_and_fewer_rows() -> None:
-    early, late = worst("run.dir=full", "worst=80", "step=10"), worst("run.dir=full", "worst=80")
+    early, late = worst("run.dir=full", "worst=80", "step=4"), worst("run.dir=full", "worst=80")
     assert len(early) == len(late) == 79  # one of 80 rows is held out, by the hash of its prompt
     clean = {line["id"]: line["loss"] for line in late if int(line["id"].rpartition("-")[2]) not in NOISY}
-    assert sum(line["loss"] for line in early if line["id"] in clean) > 1.5 * sum(clean.values())
+    assert sum(line["loss"] for line in early if line["id"] in clean) > 1.1 * sum(clean.values()), (
+        "four steps teach less than thirteen"
+    )
     assert len(worst("run.dir=full", "worst=80", "limit=10")) == 10
 
 
@@ -119,7 +121,7 @@ def test_the_page_shows_loss_and_tokens(inside: Path) -> None:
     [
         (["worst=3", "+exp=full", *WORDS], ConfigError, "run.dir: given "),
         (["run.dir=full", "worst=0"], ConfigError, "worst: given 0, required 1 or more"),
-        (["run.dir=full", "worst=3", "step=11"], CheckpointError, "10, 20, 30"),
+        (["run.dir=full", "worst=3", "step=5"], CheckpointError, "4, 8, 12, 13"),
         (["run.dir=full", "step=best"], ConfigError, "required the number of a step"),
         (["run.dir=full", "worst=3", "step=first"], ConfigError, "required latest, best, the number of a step"),
     ],
@@ -130,9 +132,9 @@ def test_what_cannot_be_shown_is_told(words: list[str], error: type[Exception], 
 
 
 def test_a_damaged_checkpoint_is_refused(inside: Path) -> None:
-    [weights, *_] = sorted((inside / "lora/checkpoints/step-00000020").glob("*.safetensors"))
+    [weights, *_] = sorted((inside / "lora/checkpoints/step-00000008").glob("*.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="does not verify"):
-        worst("run.dir=lora", "worst=3", "step=20")
+        worst("run.dir=lora", "worst=3", "step=8")
     weights.write_bytes(whole)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sftdist.commands.inspect import run
 from sftdist.core.config import compose
@@ -81,15 +82,10 @@ def test_noisy_labels_come_first_with_their_worst_tokens(name: str) -> None:
 
 def test_the_loss_is_that_of_the_exported_model(inside: Path) -> None:
     """Against the export, one row a forward, straight from the definition."""
-    from transformers import AutoModelForCausalLM
-
-    [first, *_] = worst("run.dir=full", "worst=80")[::-1]
+    first = worst("run.dir=full", "worst=80")[-1]
     model = AutoModelForCausalLM.from_pretrained(inside / "full/export", dtype=torch.bfloat16)
-    [path] = json.loads((inside / "full/data.json").read_text()) and [
-        next((inside / "stores").glob("*/store.json")).parent
-    ]
-    store = TokenStore.open(path)
-    row = [f"train/{name}" for name in store.row_ids(range(len(store.lengths)))].index(first["id"])  # type: ignore[arg-type]
+    store = TokenStore.open(next((inside / "stores").glob("train-*")))
+    row = [f"train/{name}" for name in store.row_ids(range(len(store.lengths)))].index(first["id"])
     batch = pack_documents([Document(*store.tokens(row), 0, "row")])
     with torch.inference_mode():
         output = LossModel(model, 1).eval()(**batch.inputs())

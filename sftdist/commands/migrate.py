@@ -68,6 +68,8 @@ def _migrate(given: argparse.Namespace) -> int:
     if not given.file.is_file():
         raise ConfigError(f"{given.file}: not there; give the YAML file that the peer trains with")
     values = read_yaml(given.file)
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"{given.file}: given the keys {', '.join(map(repr, odd))}, required names; correct the file")
     peer = PEERS[given.peer] if given.peer else whose(values)
     name = _checked(given.name) if given.name else _name(given.file, peer)
     target = given.folder / "conf" / "exp" / f"{name}.yaml"

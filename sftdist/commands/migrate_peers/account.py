@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -116,9 +117,11 @@ def number(key: str, value: object) -> float:
     """A number; `2e-5` is text in YAML, and the peers turn it into a number."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            found = float(value)
         except ValueError:
-            pass  # said below
+            found = math.nan  # said below
+        if math.isfinite(found):
+            return found
     raise wrong(key, value, "a number")
 
 
@@ -128,6 +131,14 @@ def whole(key: str, value: object) -> int:
     if found != int(found):
         raise wrong(key, value, "a whole number")
     return int(found)
+
+
+def count(key: str, value: object) -> int:
+    """A whole number of at least 1."""
+    found = whole(key, value)
+    if found < 1:
+        raise wrong(key, value, "a whole number of at least 1")
+    return found
 
 
 def flag(key: str, value: object) -> bool:

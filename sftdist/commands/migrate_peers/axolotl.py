@@ -127,6 +127,18 @@ def _wandb() -> Rule:
     return Rule(keys, "tracking.*", "the same", apply)
 
 
+def _preferences() -> Rule:
+    """Rows of preferences, trained as conversations, would be another training than the one that was asked for."""
+
+    def apply(account: Account) -> None:
+        if account.has("rl"):
+            given = account.get("rl")
+            account.left("rl", f"given {given}; supervised fine-tuning is what there is, its export goes on in TRL")
+            account.need(f"rl: given {given}; required conversations with answers to train on, and no rl")
+
+    return Rule(("rl",), NONE, "training from preferences goes on in TRL, from the export of a run", apply)
+
+
 def _deduplication() -> Rule:
     def apply(account: Account) -> None:
         if account.has("dataset_exact_deduplication"):
@@ -208,6 +220,7 @@ PEER = Peer(
         test_datasets(),
         validation_share("val_set_size"),
         _train_on_inputs(),
+        _preferences(),
         _deduplication(),
         _adapter(),
         *_ADAPTER,

@@ -144,7 +144,7 @@ OTHERS = (
     ),
     leave(
         "training from preferences or rewards; the export of a run goes on in TRL",
-        *("rl", "trl", "vllm", "ebft", "reward_model", "process_reward_model", "center_rewards_coefficient"),
+        *("trl", "vllm", "ebft", "reward_model", "process_reward_model", "center_rewards_coefficient"),
         *("num_labels", "dpo_use_weighting", "dpo_label_smoothing", "precompute_ref_log_probs", "dpo_use_liger_kernel"),
         *("dpo_padding_free", "dpo_loss_type", "dpo_loss_weights", "dpo_beta", "dpo_use_logits_to_keep"),
         *("dpo_generate_during_eval", "dpo_norm_loss", "rpo_alpha", "orpo_alpha", "simpo_gamma", "cpo_alpha"),

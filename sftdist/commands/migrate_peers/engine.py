@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sftdist.commands.migrate_peers.account import Account, is_on
+from sftdist.commands.migrate_peers.account import Account, is_on, whole, wrong
 from sftdist.commands.migrate_peers.rule import Rule
 from sftdist.core.errors import ConfigError
 
@@ -45,11 +45,11 @@ def deepspeed() -> Rule:
         if settings is None:
             _by_name(account, str(given))
             return
-        zero = settings.get("zero_optimization") or {}
-        account.carry("deepspeed", "zero.stage", int(zero.get("stage", 0)))
-        if is_on((zero.get("offload_optimizer") or {}).get("device")):
+        zero = _section(settings, "zero_optimization")
+        account.carry("deepspeed", "zero.stage", whole("deepspeed: zero_optimization.stage", zero.get("stage", 0)))
+        if is_on(_section(zero, "offload_optimizer").get("device")):
             account.carry("deepspeed", "zero.offload", "optimizer")
-        if is_on((zero.get("offload_param") or {}).get("device")):
+        if is_on(_section(zero, "offload_param").get("device")):
             account.left("deepspeed", "offload_param; weights stay on the GPUs here")
         account.differs(
             "deepspeed", "its other keys are left out: sizes follow from the model; zero.deepspeed takes more"
@@ -58,14 +58,23 @@ def deepspeed() -> Rule:
     return Rule(("deepspeed",), "zero.stage, zero.offload", "the stage and the offloading of its file", apply)
 
 
+def _section(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise wrong(f"deepspeed: {key}", found, "a mapping")
+    return found
+
+
 def _read(account: Account, given: str) -> dict[str, Any] | None:
     path = account.folder / given
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"deepspeed: {path}: not readable as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"deepspeed: {path}: given a {type(found).__name__}, required an object of settings")
     return found
 
 

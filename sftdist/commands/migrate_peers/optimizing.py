@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sftdist.commands.migrate_peers.account import Account, is_on, mapping, number, whole
+from sftdist.commands.migrate_peers.account import Account, is_on, mapping, number, whole, wrong
 from sftdist.commands.migrate_peers.rule import Rule, same
 
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "adamw_apex_fused")
@@ -151,6 +151,9 @@ def _warmup(account: Account, default: float, *, held: bool) -> None:
     steps = number("warmup_steps", account.get("warmup_steps", 0))
     ratio = number("warmup_ratio", account.get("warmup_ratio", 0))
     total = account.get("max_steps")
+    for key, value in (("warmup_steps", steps), ("warmup_ratio", ratio)):
+        if value < 0:
+            raise wrong(key, account.get(key), "0 or more")
     if 0 < steps < 1:
         account.carry("warmup_steps", "optimizer.warmup_ratio", steps, "below 1 it is a share of all steps")
     elif steps >= 1 and is_on(total) and whole("max_steps", total) > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sftdist.commands.migrate_peers.account import Account, Kind, flag, is_on, number, whole
+from sftdist.commands.migrate_peers.account import Account, Kind, count, flag, is_on, number, whole
 from sftdist.commands.migrate_peers.rule import Rule
 
 ACCUMULATION = "gradient_accumulation_steps"
@@ -18,8 +18,8 @@ def step_size(
     """
 
     def apply(account: Account) -> None:
-        each = whole(batch, _unless_auto(account, batch, default))
-        times = whole(ACCUMULATION, _unless_auto(account, ACCUMULATION, 1))
+        each = count(batch, _unless_auto(account, batch, default))
+        times = count(ACCUMULATION, _unless_auto(account, ACCUMULATION, 1))
         if total and account.has(total) and not account.has(ACCUMULATION):
             times = max(1, whole(total, account.get(total)) // each)
         packs = any(is_on(account.get(key)) for key in packing)

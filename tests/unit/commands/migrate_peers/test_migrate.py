@@ -441,3 +441,35 @@ def test_a_page_of_keys_is_what_the_docs_show(capsys: pytest.CaptureFixture[str]
         assert printed.splitlines() == table(peer)
         assert all(f"`{key}`" in printed for key in peer.known)
         assert "\n".join(table(peer)[: table(peer).index("")]) in docs, f"run: sftdist migrate --keys {name}"
+
+
+BASE = {"base_model": "model", "datasets": [{"path": "my.jsonl", "type": "chat_template"}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"sequence_len": float("inf")}, "sequence_len: given inf, required a number"),
+        ({"sequence_len": float("nan")}, "sequence_len: given nan, required a number"),
+        ({"eval_steps": float("inf")}, "eval_steps: given inf, required a number"),
+        ({"micro_batch_size": 0, "batch_size": 4}, "micro_batch_size: given 0, required a whole number of at least 1"),
+        ({"warmup_steps": -3}, "warmup_steps: given -3, required 0 or more"),
+        ({"deepspeed": {"zero_optimization": 3}}, "deepspeed: zero_optimization: given 3, required a mapping"),
+        ({"deepspeed": {"zero_optimization": {"stage": "auto"}}}, "zero_optimization.stage: given 'auto'"),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": "cpu"}}}, "offload_optimizer: given 'cpu'"),
+        ({"deepspeed": "list.json"}, "list.json: given a list, required an object"),
+        ({3: "x"}, "given the keys 3, required names"),
+    ],
+)
+def test_values_that_mean_nothing_are_told(
+    values: dict[Any, Any], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "list.json").write_text("[]")
+    assert run({**BASE, **values}, "mine", "--from", "axolotl")[0] == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_preferences_are_not_trained_as_conversations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run({**BASE, "rl": "dpo"}, "mine", "--from", "axolotl")[0] == 1
+    assert "rl: given dpo; required conversations with answers" in " ".join(capsys.readouterr().out.split())

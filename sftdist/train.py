@@ -32,6 +32,7 @@ from sftdist.core.errors import CheckpointError, TrainingError
 from sftdist.core.nodes import Nodes
 from sftdist.core.ranklog import rank_log
 from sftdist.core.settings import TrainConfig, TrainJobConfig
+from sftdist.core.snapshot import of_run
 from sftdist.core.storage import disk_explained
 from sftdist.core.words import word
 from sftdist.data.corpus import Corpus, validation_rows, validation_sources
@@ -77,7 +78,6 @@ from sftdist.training.replay import (
     replay_settings,
     replay_step,
     report_lines,
-    without_job_keys,
     write_replay,
 )
 from sftdist.training.retention import Keep
@@ -186,7 +186,7 @@ def run_rank(cfg: TrainJobConfig) -> int:
     elif cfg.overfit is not None:
         run_overfit(cfg, cfg.overfit)
     else:
-        run_settled(without_job_keys(cfg))
+        run_settled(of_run(cfg))
     ignore_stop_signals()  # a cluster may repeat them, and this rank's work is done
     return agent.DONE
 

@@ -11,7 +11,7 @@ from typing import Any
 from sftdist import train
 from sftdist.core import config
 from sftdist.core.settings import TrainJobConfig
-from sftdist.training.replay import without_job_keys
+from sftdist.core.snapshot import of_run
 
 NOTES = "RECORDED"  # the variable that names the folder for them
 
@@ -26,7 +26,7 @@ class Recorded:
         original = train.run_rank
 
         def run_rank(cfg: TrainJobConfig) -> int:
-            (self.folder / str(rank)).write_text(config.to_yaml(without_job_keys(cfg)))
+            (self.folder / str(rank)).write_text(config.to_yaml(of_run(cfg)))
             return original(cfg)
 
         train.run_rank = run_rank

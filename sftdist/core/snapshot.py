@@ -60,6 +60,11 @@ def read_values(values: Mapping[str, Any], schema: type[T], issues: list[str], s
     return cfg
 
 
+def of_run(cfg: TrainConfig) -> TrainConfig:
+    """What a run keeps of a command's configuration: the command's own keys are no part of a run."""
+    return TrainConfig(**{name: getattr(cfg, name) for name in SECTIONS})
+
+
 def to_yaml(cfg: TrainConfig) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)

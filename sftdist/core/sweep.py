@@ -145,7 +145,7 @@ class Sweep:
             self.words_file(job).parent.mkdir(parents=True, exist_ok=True)
             write_text(self.words_file(job), "".join(f"{word}\0" for word in job.words))
             if job.run_dir is not None and not (job.run_dir / snapshot.FILE).is_file():
-                snapshot.write_config(job.run_dir, job.cfg)
+                snapshot.write_config(job.run_dir, snapshot.of_run(job.cfg))
             earlier = self.array_before(job)
             self.outcomes[job.number] = Outcome(array=earlier[0] if earlier and earlier[1] else None)
         self._write()

@@ -57,6 +57,7 @@ def first_non_finite(engine: Engine, step: Step, world: World) -> str:
     engine.discard()
     with LayerWatch(engine.module) as watch:
         run_micro_batches(engine, step, world, Flags)
+    engine.discard()
     found = first_of(watch, step, world)
     if found is None:
         return (

@@ -19,7 +19,7 @@ from sftdist.core.agent import STATUS
 from sftdist.core.distributed import World
 from sftdist.core.errors import TrainingError
 from sftdist.core.settings import TrainConfig, TrainJobConfig
-from sftdist.core.snapshot import FILE
+from sftdist.core.snapshot import FILE, of_run
 from sftdist.core.storage import write_json
 from sftdist.data.corpus import Corpus
 from sftdist.data.loader import Batch, Document, Step, empty_pack, pack_documents, rows_digest
@@ -28,7 +28,6 @@ from sftdist.training.engine import Engine
 from sftdist.training.loop import Flags, run_micro_batches
 from sftdist.training.opening import DATA_FILE
 from sftdist.training.optimizer import full_shape
-from sftdist.training.replay import without_job_keys
 
 REPORT = "overfit.json"
 GOAL = 0.05  # nats per supervised token, above what any model can reach
@@ -89,7 +88,7 @@ def overfit_settings(cfg: TrainJobConfig) -> TrainConfig:
     """The run's own, in a directory beside that of the run, on one node."""
     launch = replace(cfg.launch, nodes=1, max_restarts=0)
     run = replace(cfg.run, dir=f"{cfg.run.dir}-overfit")
-    return replace(without_job_keys(cfg), run=run, launch=launch, auto=False)
+    return replace(of_run(cfg), run=run, launch=launch, auto=False)
 
 
 def lay_out_overfit(cfg: TrainJobConfig) -> TrainConfig:

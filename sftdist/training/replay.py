@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sftdist.core.distributed import World
 from sftdist.core.errors import ConfigError, TrainingError
 from sftdist.core.figures import METRICS
 from sftdist.core.settings import TrainConfig, TrainJobConfig
-from sftdist.core.snapshot import FILE, differences, read_config
+from sftdist.core.snapshot import FILE, differences, of_run, read_config
 from sftdist.core.storage import read_jsonl, write_json, write_text
 from sftdist.core.table import columns
 from sftdist.data.loader import IGNORED, Batch, Loader, Step
@@ -62,14 +62,9 @@ def replay_issues(cfg: TrainJobConfig) -> list[str]:
     return issues
 
 
-def without_job_keys(cfg: TrainConfig) -> TrainConfig:
-    """What a run keeps of the command's configuration: its own keys are no part of a run."""
-    return TrainConfig(**{item.name: getattr(cfg, item.name) for item in fields(TrainConfig)})
-
-
 def replay_settings(cfg: TrainJobConfig) -> TrainConfig:
     """The run's own, in a folder below it, on one node."""
-    plain = without_job_keys(cfg)
+    plain = of_run(cfg)
     folder = Path(str(cfg.replay)).expanduser() / "log" / f"replay-{cfg.step}"
     launch = replace(cfg.launch, nodes=1, max_restarts=0)
     return replace(plain, run=replace(cfg.run, dir=str(folder)), launch=launch, auto=False)

@@ -264,13 +264,15 @@ def test_a_row_function_makes_rows(module: Path) -> None:
 
 
 def test_what_a_row_function_uses_of_its_own_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rows.py").write_text("from my_helper import clean\n\n\ndef rows(row):\n    return clean(row)\n")
+    (tmp_path / "rows_with_help.py").write_text(
+        "from help_of_rows import clean\n\n\ndef rows(row):\n    return clean(row)\n"
+    )
     monkeypatch.chdir(tmp_path)
-    source = Source("s", rows=[], row_function="my_rows:rows")
+    source = Source("s", rows=[], row_function="rows_with_help:rows")
     prints = []
     for text in ("row", "row or None"):
-        (tmp_path / "my_helper.py").write_text(f"import json\n\n\ndef clean(row):\n    return {text}\n")
-        for name in ("my_rows", "my_helper"):
+        (tmp_path / "help_of_rows.py").write_text(f"import json\n\n\ndef clean(row):\n    return {text}\n")
+        for name in ("rows_with_help", "help_of_rows"):
             sys.modules.pop(name, None)
         load_row_function.cache_clear()
         importlib.invalidate_caches()

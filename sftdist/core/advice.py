@@ -75,7 +75,15 @@ def unreadable(text: str, vocabulary: Vocabulary | None = None) -> str:
         return f"{key}: given a comma at the end; write {found}"
     if value.startswith("(") and (found := _readable([f"{key}=[{bare}]"])):
         return f"{key}: given a list in round brackets; write {found}"
+    if vocabulary and vocabulary.holds_several(key.lstrip("+")) and (found := _readable([_quoted_items(key, value)])):
+        return f"{key}: the list has texts that need quotes; write {found}"
     return f"{key}: the value has characters that need quotes; write {quoted(key, value)}"
+
+
+def _quoted_items(key: str, value: str) -> str:
+    """The word in which every item of a list stands in quotes."""
+    items = [item.strip().strip("\"'") for item in value.strip("[]").split(",")]
+    return f"{key}=[{','.join(QuotedString(item, Quote.double).with_quotes() for item in items)}]"
 
 
 def _mapping(key: str, value: str) -> str:

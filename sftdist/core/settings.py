@@ -233,6 +233,7 @@ class ModelSettings:
     vocabulary: int | None = None  # train a byte-level BPE of this size on the train sources
     chat_template: str | None = None  # chatml | llama3 | FILE; default: the tokenizer's own
     template_args: dict[str, Any] = field(default_factory=dict)  # further template variables: {enable_thinking: false}
+    add_tokens: list[str] = field(default_factory=list)  # one id each; their rows begin as the mean and are trained
     attention: Attention = Attention.auto
     activation_checkpointing: bool = False
     recompute_layers: int | None = None  # with activation_checkpointing: of how many layers; default: of all

@@ -59,6 +59,7 @@ def request_of(
         vocabulary=model.vocabulary if tokenizer is None else None,
         chat_template=model.chat_template,
         template_args=model.template_args,
+        add_tokens=tuple(model.add_tokens),
         validation_fraction=data.val_fraction,
         holdout_fraction=data.holdout_fraction,
         rules=_rules(data.normalise),

@@ -27,6 +27,7 @@ from sftdist.data.keys import prompt_key
 from sftdist.data.lint import LINT_VERSION
 from sftdist.data.mask import MaskOptions
 from sftdist.data.near import NEAR_VERSION, Near
+from sftdist.data.new_tokens import with_tokens
 from sftdist.data.sources import (
     Part,
     Source,
@@ -69,6 +70,7 @@ class PrepareRequest:
     vocabulary: int | None = None
     chat_template: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    add_tokens: tuple[str, ...] = ()
     validation_fraction: float = 0.02
     holdout_fraction: float = 0.02
     rules: Rules = field(default_factory=Rules)
@@ -136,6 +138,10 @@ def template_of(request: PrepareRequest, say: Callable[[str], None] = lambda lin
 
 
 def template_from(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> ChatTemplate:
+    return with_tokens(_given_template(request, parts, say), request.add_tokens)
+
+
+def _given_template(request: PrepareRequest, parts: dict[str, list[Part]], say: Callable[[str], None]) -> ChatTemplate:
     arguments = request.template_args
     if request.vocabulary is not None:
         path = _trained_vocabulary(request, parts, say)

@@ -7,6 +7,7 @@ without it each rank holds the whole model in host memory until the engine takes
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from sftdist.core.errors import CheckpointError, ConfigError, StartupError
 from sftdist.core.storage import sha256_file
 from sftdist.model.attention import register
 from sftdist.model.kernels import use_layer_kernels
+
+ROW_MULTIPLE = 64
+Whole = AbstractContextManager[object]
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -47,8 +51,8 @@ def load_model(
 
     `attention` is the name of a backend (`attention.choose`); `liger` says that Liger's kernels were chosen for the
     layers (`kernels.choose_kernels`); `recompute_layers` as in `enable_checkpointing`. `vocab_rows` is the number of
-    token ids in use: the vocabulary grows to it where it is smaller, and is never cut. Raises ConfigError for a folder
-    that is no causal language model, StartupError if tied weights are not what the config says.
+    token ids in use: a vocabulary that is smaller grows (`grow_vocabulary`), and none is ever cut. Raises ConfigError
+    for a folder that is no causal language model, StartupError if tied weights are not what the config says.
     """
     if init == "pretrained" and path is None:
         raise ConfigError("model.init=pretrained needs model.path; set model.path, or model.init=random")
@@ -94,12 +98,33 @@ def load_strictly(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrained
 
 
 def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
-    """Append rows to the embeddings and the head; each new row is the mean of the old ones."""
+    """Append rows to the embeddings and the head, until there are `rows` at least and a multiple of 64, which tensor
+    cores take whole; each new row is the mean of the old ones."""
     old = model.get_input_embeddings().weight.shape[0]
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.resize_token_embeddings(rows, pad_to_multiple_of=ROW_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.weight[old:] = module.weight[:old].mean(dim=0)
+
+
+@torch.no_grad()
+def begin_rows(model: PreTrainedModel, ids: Sequence[int], whole: Callable[[nn.Parameter], Whole]) -> None:
+    """Give the rows of new tokens, in embeddings and head, the mean of the rows before them.
+
+    A padded vocabulary has a row for them that means nothing. `whole` makes a partitioned weight whole and writes back.
+    """
+    if not ids:
+        return
+    for matrix in token_matrices(model):
+        with whole(matrix):
+            matrix[list(ids)] = matrix[: min(ids)].mean(dim=0)
+
+
+def token_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """[rows, width] each: the embeddings, and a head of its own."""
+    modules = [model.get_input_embeddings()]
+    modules += [] if is_tied(model) else [model.get_output_embeddings()]
+    return [module.weight for module in modules]
 
 
 def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False, layers: int | None = None) -> None:

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sftdist.core.errors import CheckpointError, ConfigError
 from sftdist.core.storage import read_json, write_json
-from sftdist.model.load import is_tied
+from sftdist.model.load import grow_vocabulary, is_tied, token_matrices
 from sftdist.model.quantised import (
     BASE_QUANTISATION,
     is_quantised,
@@ -196,10 +196,8 @@ def untrained_rows(
     Both are measured against the whole matrix. `gathered` makes a partitioned weight whole while it is read.
     """
     wanted = sorted(set(ids))
-    matrices = [model.get_input_embeddings().weight]
-    matrices += [] if is_tied(model) else [model.get_output_embeddings().weight]
     found: set[int] = set()
-    for matrix in matrices:
+    for matrix in token_matrices(model):
         with gathered(matrix):
             found |= _untrained(matrix.detach(), wanted)
     return sorted(found)
@@ -412,6 +410,12 @@ def require_learned(state: Mapping[str, Tensor]) -> None:
         raise CheckpointError("every lora_B of the adapter is zero: it has learned nothing; train it before an export")
 
 
+def _rows_needed(config: PeftConfig) -> int:
+    """Rows of the base that the token rows of an adapter take the place of."""
+    targets = config.trainable_token_indices or {}
+    return max((max(rows) + 1 for rows in targets.values()), default=0)
+
+
 def load_adapter(folder: Path, dtype: torch.dtype | str = "auto") -> PeftModel:
     """The adapter in a folder on the base that its `adapter_config.json` names, as PEFT alone loads it; in 4 bits
     where it was trained so.
@@ -424,6 +428,8 @@ def load_adapter(folder: Path, dtype: torch.dtype | str = "auto") -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype)
     if (folder / BASE_QUANTISATION).is_file():
         quantise_as(base, read_json(folder / BASE_QUANTISATION))
+    if base.get_input_embeddings().weight.shape[0] < (rows := _rows_needed(config)):
+        grow_vocabulary(base, rows)
     with _old_question():
         model = PeftModel.from_pretrained(base, str(folder))
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))

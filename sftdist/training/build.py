@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from sftdist.core.distributed import World
 from sftdist.core.extension import require_same_code
 from sftdist.core.settings import Init, Method, Offload, TrainConfig
 from sftdist.core.settings import Kernels as KernelChoice
 from sftdist.data.corpus import Corpus, validation_sources
+from sftdist.data.new_tokens import ids_of
 from sftdist.data.planned import pack_tokens
+from sftdist.data.template import ChatTemplate
 from sftdist.model import cost
 from sftdist.model.attention import Choice, choose
 from sftdist.model.compiled import compile_layers
 from sftdist.model.config import load_config
 from sftdist.model.kernels import Kernels, choose_kernels
-from sftdist.model.load import is_tied, load_model
+from sftdist.model.load import begin_rows, is_tied, load_model
 from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
 from sftdist.model.loss import LossModel, RowLosses, TokenLoss, token_ce
 from sftdist.model.own_loss import load_loss, require_sound, rows_of
@@ -33,8 +36,8 @@ from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 @dataclass(frozen=True)
 class Trained:
     """A model under an engine. `coverage`: what the adapter reaches, None in a full fine-tune. `untrained`: ids of
-    template tokens whose rows the base model never trained. `tied`: head and embeddings are one parameter. `commit`:
-    of the Hub repository that the weights came from."""
+    template and new tokens whose rows the base model never trained. `tied`: head and embeddings are one parameter.
+    `commit`: of the Hub repository that the weights came from."""
 
     engine: Engine
     config: PreTrainedConfig
@@ -44,6 +47,18 @@ class Trained:
     untrained: tuple[int, ...]
     tied: bool
     commit: str | None
+
+
+def new_token_ids(cfg: TrainConfig, template: ChatTemplate) -> tuple[int, ...]:
+    """Ids of `model.add_tokens` that the base's own tokenizer does not know: an earlier run's export knows them, and
+    its rows stay as they were trained."""
+    if not cfg.model.add_tokens or cfg.model.init == Init.random:
+        return ()
+    known = AutoTokenizer.from_pretrained(
+        cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision
+    ).get_vocab()
+    numbers = ids_of(template.tokenizer, cfg.model.add_tokens)
+    return tuple(sorted(number for token, number in numbers.items() if token not in known))
 
 
 def model_config(cfg: TrainConfig, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
@@ -77,6 +92,7 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     # Random weights drawn into partitions would not be those of the other stages.
     # Neither can 4 bits be made of parts.
     from_files = cfg.model.init == Init.pretrained
+    new_ids = new_token_ids(cfg, corpus.template)
     partitioned = partitioned_init(spec, world) if from_files and not four_bits else None
     model = load_model(
         config=config,
@@ -90,12 +106,14 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         activation_checkpointing=cfg.model.activation_checkpointing,
         recompute_layers=cfg.model.recompute_layers,
         liger=kernels.layers == "liger",
-        vocab_rows=corpus.largest_id + 1,
+        vocab_rows=1 + max([corpus.largest_id, *new_ids]),
         partitioned_init=partitioned,
     )
     untrained: tuple[int, ...] = ()
     if from_files:
-        untrained = tuple(untrained_rows(model, corpus.template.used_token_ids(), gathered))
+        begin_rows(model, new_ids, partial(gathered, modifier=0))
+        found = untrained_rows(model, corpus.template.used_token_ids(), gathered)
+        untrained = tuple(sorted({*found, *new_ids}))
     tied, coverage = is_tied(model), None
     module: Any = model
     if four_bits:

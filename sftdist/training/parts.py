@@ -13,6 +13,7 @@ from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import read_json, write_json
 from sftdist.data.corpus import Corpus, overlong_lines
 from sftdist.data.leaks import Overlay
+from sftdist.data.new_tokens import ids_of, require_seen
 from sftdist.data.pipeline import Prepared
 from sftdist.data.plan import Plan, PlanTotals, SourceTotals
 from sftdist.data.planned import corpus_of, plan_spec
@@ -23,6 +24,7 @@ from sftdist.model.load import weight_hashes
 from sftdist.training.build import Trained, build_trained, model_config, special_ids
 from sftdist.training.opening import Opening
 from sftdist.training.planned_model import cost_model
+from sftdist.training.startup import together
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def build_parts(cfg: TrainConfig, opening: Opening, run_dir: Path, world: World,
     shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))
     plan = Plan(corpus.tables, plan_spec(cfg), cost_model(shape, cfg.tune, corpus.supervised_share))
     totals = totals_of(plan, run_dir, world)
+    numbers = ids_of(tokenizer, cfg.model.add_tokens)
+    together(world, lambda: require_seen(corpus.stores, numbers) if world.is_main else None)
     for line in (*overlong_lines(corpus, cfg.data.max_len), *describe_plan(plan, totals, world.size)):
         say(line)
     trained = build_trained(cfg, corpus, shape, world)

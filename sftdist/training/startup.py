@@ -94,7 +94,7 @@ class Supervision:
 def check_supervision(sources: Mapping[str, Supervision], untrained_rows: Sequence[int], trained: bool) -> str:
     """Every source has supervised tokens, every answer ends in a stop token, no template token is untrained.
 
-    `untrained_rows`: ids of template tokens whose embedding was never trained; `trained`: this run trains them.
+    `untrained_rows`: ids of template and new tokens whose embedding was never trained; `trained`: this run trains them.
     """
     for name, source in sources.items():
         if source.supervised <= 0:
@@ -113,7 +113,7 @@ def check_supervision(sources: Mapping[str, Supervision], untrained_rows: Sequen
             "they must be trained. Use tune.method=full, or a template whose tokens this model knows."
         )
     shares = ", ".join(f"{name} {source.supervised / source.tokens:.1%}" for name, source in sources.items())
-    rows = f"; {len(untrained_rows)} untrained template rows are trained too" if untrained_rows else ""
+    rows = f"; {len(untrained_rows)} token rows that the base never trained are trained too" if untrained_rows else ""
     return f"supervised share {shares}; every answer ends with a stop token{rows}"
 
 

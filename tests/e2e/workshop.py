@@ -46,11 +46,12 @@ def write_rows(path: Path, count: int = 120) -> Path:
     return path
 
 
-def model_folder(path: Path, family: str = "llama", **changes: Any) -> Path:
-    """A tiny random model of the family with a ChatML byte tokenizer, as a user's own model folder."""
+def model_folder(path: Path, family: str = "llama", *, padding: int = 0, **changes: Any) -> Path:
+    """A tiny random model of the family with a ChatML byte tokenizer, as a user's own model folder. `padding`: rows of
+    its vocabulary beyond the tokenizer."""
     template = ChatTemplate.of(byte_tokenizer(specials=SPECIALS), "chatml")
     tokens = len(template.tokenizer)
-    model = tiny_model(family, vocab_size=tokens, **changes)
+    model = tiny_model(family, vocab_size=tokens + padding, **changes)
     model.save_pretrained(path)
     template.save(path)
     return path

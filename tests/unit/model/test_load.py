@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +14,15 @@ from transformers import AutoConfig, PreTrainedModel
 from sftdist.core.errors import ConfigError, StartupError
 from sftdist.model.attention import implementation
 from sftdist.model.config import load_config
-from sftdist.model.load import assert_tied_as_configured, decoder_layers, enable_checkpointing, is_tied, load_model
+from sftdist.model.load import (
+    assert_tied_as_configured,
+    begin_rows,
+    decoder_layers,
+    enable_checkpointing,
+    is_tied,
+    load_model,
+    token_matrices,
+)
 from sftdist.model.loss import LossModel
 from tests.models import VOCABULARY, shape, tiny_model
 from tests.packed import gradients, random_row
@@ -56,7 +64,7 @@ def test_random_weights_follow_the_seed_alone() -> None:
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_the_vocabulary_grows_to_the_ids_in_use_and_is_never_cut(family: str, tmp_path: Path) -> None:
     saved = _saved(tmp_path, family)
-    for used, rows in ((VOCABULARY - 5, VOCABULARY), (VOCABULARY, VOCABULARY), (VOCABULARY + 2, VOCABULARY + 2)):
+    for used, rows in ((VOCABULARY - 5, VOCABULARY), (VOCABULARY, VOCABULARY), (VOCABULARY + 2, VOCABULARY + 64)):
         config = load_config(str(tmp_path), None, None)
         model = load_model(config=config, path=str(tmp_path), attention="sdpa", vocab_rows=used)
         assert model.config.vocab_size == rows
@@ -68,6 +76,23 @@ def test_the_vocabulary_grows_to_the_ids_in_use_and_is_never_cut(family: str, tm
             assert ours.shape[0] == rows
             assert torch.equal(ours[:VOCABULARY], theirs)
             torch.testing.assert_close(ours[VOCABULARY:], theirs.mean(dim=0).expand(rows - VOCABULARY, -1))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_new_tokens_in_a_padded_vocabulary_begin_as_the_mean_of_the_rows_before_them(family: str) -> None:
+    model = tiny_model(family)
+    before = [matrix.detach().clone() for matrix in token_matrices(model)]
+    begin_rows(model, [], nullcontext)
+    assert all(map(torch.equal, token_matrices(model), before))
+    begin_rows(model, [100, 101], nullcontext)
+    for matrix, old in zip(token_matrices(model), before, strict=True):
+        assert matrix.shape == old.shape
+        for row in (100, 101):
+            torch.testing.assert_close(matrix[row], old[:100].mean(dim=0))
+        others = [row for row in range(VOCABULARY) if row not in (100, 101)]
+        assert torch.equal(matrix[others], old[others])
+    assert len(before) == (1 if family == "llama_tied" else 2)
+    assert all(matrix.requires_grad for matrix in token_matrices(model))
 
 
 def test_a_growing_vocabulary_is_loaded_before_it_is_partitioned() -> None:

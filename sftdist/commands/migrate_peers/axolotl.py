@@ -16,6 +16,7 @@ from sftdist.commands.migrate_peers.adapting import (
 from sftdist.commands.migrate_peers.axolotl_data import datasets, test_datasets, validation_share
 from sftdist.commands.migrate_peers.axolotl_others import OTHERS
 from sftdist.commands.migrate_peers.engine import compilation, deepspeed, fsdp, precision, recomputation
+from sftdist.commands.migrate_peers.new_tokens import add_special_tokens, new_tokens
 from sftdist.commands.migrate_peers.optimizing import learning
 from sftdist.commands.migrate_peers.reporting import output_dir, run_name
 from sftdist.commands.migrate_peers.rule import HELD_OUT, NONE, Peer, Rule, same
@@ -85,7 +86,7 @@ def _special_tokens() -> Rule:
             return
         named = [str(key) for key, value in given.items() if value and key not in ("pad_token", _ADDED)]
         if given.get(_ADDED):
-            account.left("special_tokens", f"{_ADDED}; add the tokens to the tokenizer and the model's folder first")
+            add_special_tokens(account, "special_tokens", given[_ADDED], _ADDED)
         if named:
             text = f"{', '.join(named)}; the tokenizer's and the chat template's own are taken here"
             account.differs("special_tokens", text)
@@ -160,6 +161,7 @@ _MODEL = (
     _chat_template(),
     same("chat_template_kwargs", "model.template_args", mapping),
     _special_tokens(),
+    new_tokens("tokens"),
 )
 _ADAPTER = of_adapters(
     (

@@ -16,6 +16,7 @@ from sftdist.commands.migrate_peers.axolotl_data import validation_share
 from sftdist.commands.migrate_peers.engine import compilation, deepspeed, fsdp, precision, recomputation
 from sftdist.commands.migrate_peers.llamafactory_data import dataset, eval_dataset
 from sftdist.commands.migrate_peers.llamafactory_others import OTHERS
+from sftdist.commands.migrate_peers.new_tokens import new_special_tokens, new_tokens
 from sftdist.commands.migrate_peers.optimizing import learning
 from sftdist.commands.migrate_peers.reporting import output_dir, report_to, run_name
 from sftdist.commands.migrate_peers.rule import HELD_OUT, NONE, Peer, Rule, same
@@ -123,6 +124,8 @@ _MODEL = (
     same("model_revision", "model.revision", _text),
     _template(),
     _thinking(),
+    new_tokens("add_tokens"),
+    new_special_tokens("add_special_tokens"),
 )
 _DATA = (_stage(), dataset(), eval_dataset(), validation_share("val_size"), _masking())
 _ADAPTER = of_adapters(

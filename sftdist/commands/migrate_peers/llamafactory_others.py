@@ -59,14 +59,10 @@ OTHERS = (
     leave(
         "the start is model.path; an adapter as a start has to be merged first", "adapter_folder", "create_new_adapter"
     ),
-    leave(
-        "tokens are added to the tokenizer and the model's folder",
-        "add_tokens",
-        "add_special_tokens",
-        "new_special_tokens_config",
-        "resize_vocab",
-    ),
-    leave("tokens are added to the tokenizer and the model's folder", "init_special_tokens", "split_special_tokens"),
+    skip("the vocabulary grows where it has to", "resize_vocab"),
+    leave("new rows begin as the mean of the others: model.add_tokens", "new_special_tokens_config"),
+    leave("new rows begin as the mean of the others: model.add_tokens", "init_special_tokens"),
+    leave("a template's tokens are one id each", "split_special_tokens"),
     leave("the model's own config is taken as it is", "rope_scaling", "moe_aux_loss_coef", "train_from_scratch"),
     leave("a change of the model's layers", "shift_attn", "mixture_of_depths", "use_llama_pro"),
     leave("training stops at train.epochs or train.max_steps; the best checkpoint can be kept", "early_stopping_steps"),

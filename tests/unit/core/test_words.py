@@ -91,7 +91,7 @@ ADVISED = [
     ("optimiser.lr=1e-4", "optimiser.lr: unknown key", "optimizer.lr"),
     ("optimizer:lr=1e-4", "optimizer:lr=1e-4: given a key with characters", "optimizer.lr"),
     ("train.train.epochs=1", "train.train.epochs: unknown key", "train.epochs"),
-    ("model.add_tokens=[<a>,b]", "model.add_tokens: the list has texts", "'model.add_tokens=[\"<a>\",\"b\"]'"),
+    ("model.add_tokens=[<a>,b]", "model.add_tokens: the list has texts", '\'model.add_tokens=["<a>","b"]\''),
     ("run.note='${a'", "run.note: the value has characters that need quotes", "'run.note=\"\\${a\"'"),
 ]
 

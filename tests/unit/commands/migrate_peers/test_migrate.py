@@ -74,6 +74,21 @@ def account_of(peer: str, **values: Any) -> Account:
     return migrate(values, PEERS[peer], folder=Path(), gpus=1)
 
 
+def test_new_tokens_are_added_once_whatever_key_they_come_under() -> None:
+    found = account_of("llamafactory", add_tokens="<a>, <b>", add_special_tokens=["<b>", "<c>"], resize_vocab=True)
+    assert found.values["model.add_tokens"] == ["<a>", "<b>", "<c>"]
+    assert noted(found, "add_tokens") == [(Kind.carried, "model.add_tokens has <a>, <b>")]
+    ((kind, text),) = noted(found, "add_special_tokens")
+    assert (kind, text.startswith("model.add_tokens has <b>, <c>, special there")) == (Kind.differs, True)
+    assert noted(found, "resize_vocab")[0][0] is Kind.unneeded
+    given = {"tokens": ["<a>"], "special_tokens": {"additional_special_tokens": ["<b>"], "pad_token": "<pad>"}}
+    other = account_of("axolotl", **given)
+    assert other.values["model.add_tokens"] == ["<b>", "<a>"]
+    assert "additional_special_tokens: model.add_tokens has <b>" in noted(other, "special_tokens")[0][1]
+    with pytest.raises(ConfigError, match="tokens: given 3, required a list of words"):
+        account_of("axolotl", tokens=3)
+
+
 def noted(account: Account, key: str) -> list[tuple[Kind, str]]:
     return [(note.kind, note.text) for note in account.notes if note.key == key]
 

@@ -17,7 +17,9 @@ from sftdist.data.rowerror import RowError, encodable, fail, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that hold content which the schema cannot carry: a row with one of them is refused, not stripped.
-UNSUPPORTED = ("function_call", "images", "image", "audio", "videos", "video", "refusal")
+UNSUPPORTED = ("function_call", "refusal")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+TEXT_ONLY = "text alone, which is what is trained here: leave the row out, or make text of it with a row_function"
 MAX_DEPTH = 64  # of arguments and tools: deeper than any schema, and far from where Python gives up
 MAX_BITS = 3300  # of a whole number, some 1000 digits
 MAX_WEIGHT = 1e6
@@ -55,6 +57,7 @@ def parse_message(
     for key in UNSUPPORTED:
         if turn.get(key):
             fail(f"{path}.{key}", show(turn[key]), "text, reasoning and tool_calls only", f"{key} is not supported")
+    refuse_media(turn, f"{path}.")
     calls = _tool_calls(turn.get("tool_calls"), role, f"{path}.tool_calls")
     reasoning = _reasoning(turn, role, path)
     may_be_empty = may_be_empty or role == "tool" or bool(calls) or reasoning is not None
@@ -68,6 +71,13 @@ def parse_message(
         train=_train_flag(turn.get("train"), role, f"{path}.train"),
         weight=_weight(turn.get("weight"), role, f"{path}.weight"),
     )
+
+
+def refuse_media(fields: Mapping[str, Any], prefix: str = "") -> None:
+    """A row or a message that comes with pictures, sound or film would lose them without a word."""
+    for key in MEDIA:
+        if fields.get(key):
+            fail(f"{prefix}{key}", show(fields[key]), TEXT_ONLY, f"{key} beside the text")
 
 
 def _role(value: object, path: str, names: Mapping[str, str] | None) -> str:
@@ -96,7 +106,7 @@ def _part(part: object, path: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else None
-    fail(path, f"a part of type {show(kind)}" if kind else show(part), "a text part", "content part is not text")
+    fail(path, f"a part of type {show(kind)}" if kind else show(part), TEXT_ONLY, "content part is not text")
 
 
 def _optional_text(turn: Mapping[str, Any], key: str, path: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftdist.core.settings import RowShape
-from sftdist.data.message import Message, parse_checks, parse_message, parse_text, parse_tools
+from sftdist.data.message import Message, parse_checks, parse_message, parse_text, parse_tools, refuse_media
 from sftdist.data.rowerror import RowError, encodable, fail, show
 from sftdist.data.versions import HUMAN, SCHEMA_VERSION, SYNTHETIC, of_today
 
@@ -95,6 +95,7 @@ def parse(
         if not isinstance(row, Mapping):
             fail("row", show(row), "a JSON object", "row is not an object")
         row_id = _row_id(row, row_id)
+        refuse_media(row)
         row = of_today(row, schema_version)
         messages = tuple(_MESSAGES_OF[_shape_of(row, shape)](row))
         messages = _with_system(row, messages)

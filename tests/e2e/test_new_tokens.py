@@ -31,10 +31,10 @@ KEYS = (
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Makes the folder with a model of `rows` rows (None: as many as tokens) and rows that hold the new tokens."""
+    """Makes a folder with a model, `padding` rows more than tokens, and data that holds the new tokens."""
 
-    def make(padding: int = 0, **changes: object) -> Path:
-        model_folder(tmp_path / "model", padding=padding, **changes)
+    def make(padding: int = 0) -> Path:
+        model_folder(tmp_path / "model", padding=padding)
         data = write_rows(tmp_path / "my.jsonl", 60)
         data.write_text(data.read_text().replace("is thing", "is <thing>"))
         return tmp_path

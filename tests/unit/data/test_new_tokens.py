@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sftdist.data.mask import Encoded, MaskOptions
 from sftdist.data.new_tokens import ids_of, require_seen, with_tokens
 from sftdist.data.pipeline import PrepareRequest, SourceRequest, prepare
 from sftdist.data.sources import Source
+from sftdist.data.store import HOLDOUT
 from sftdist.data.template import ChatTemplate
 from tests.e2e.workshop import SPECIALS, write_rows
 from tests.tokenizers import byte_tokenizer
@@ -129,7 +131,8 @@ def test_a_token_of_held_out_rows_alone_is_unseen(tmp_path: Path) -> None:
     require_seen([store], tokens)
     place = int((store.ids == tokens["<river>"]).argmax())
     row = int(store.offsets.searchsorted(place, side="right")) - 1
-    store.split.flags.writeable or object.__setattr__(store, "split", store.split.copy())
-    store.split[row] = 2
+    split = store.split.copy()
+    split[row] = HOLDOUT
+    store = replace(store, split=split)
     with pytest.raises(ConfigError, match="in no train row"):
         require_seen([store], tokens)

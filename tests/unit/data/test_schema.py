@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sftdist.core.settings import RowShape
+from sftdist.data.message import TEXT_ONLY
 from sftdist.data.schema import Conversation, Message, Reject, parse
 
 
@@ -120,7 +121,15 @@ def test_provenance_and_id() -> None:
             turns(
                 ("user", [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "x"}]), ("assistant", "a")
             ),
-            'f.jsonl:7: messages[0].content[1]: given a part of type "image_url", required a text part',
+            f'f.jsonl:7: messages[0].content[1]: given a part of type "image_url", required {TEXT_ONLY}',
+        ),
+        (
+            {**turns(("user", "<image>What is it?"), ("assistant", "A cat.")), "images": ["cat.png"]},
+            f'f.jsonl:7: images: given ["cat.png"], required {TEXT_ONLY}',
+        ),
+        (
+            {"prompt": "q", "completion": "a", "audio": "q.wav"},
+            f'f.jsonl:7: audio: given "q.wav", required {TEXT_ONLY}',
         ),
         (
             turns(("user", "q"), ("assistant", "\ud800")),
@@ -207,6 +216,7 @@ def test_a_tool_conversation() -> None:
             {"function_call": {"name": "f"}},
             'messages[1].function_call: given {"name": "f"}, required text, reasoning and tool_calls only',
         ),
+        ({"image": "cat.png"}, f'messages[1].image: given "cat.png", required {TEXT_ONLY}'),
         ({"weight": -1}, "messages[1].weight: given -1, required a number of at least 0"),
         ({"weight": float("nan")}, "messages[1].weight: given NaN, required a number of at least 0"),
         ({"weight": True}, "messages[1].weight: given true, required a number of at least 0"),
@@ -261,3 +271,9 @@ def test_a_system_text_beside_the_turns() -> None:
     assert parsed({**row, "system": ""}).messages[0] == QUESTION
     twice = {**turns(("system", "other"), ("user", "q"), ("assistant", "a")), "system": "s"}
     assert rejected(twice).reason == "two system prompts"
+
+
+@pytest.mark.parametrize("nothing", [[], None, ""])
+def test_a_column_of_pictures_that_is_empty_in_this_row_is_no_picture(nothing: object) -> None:
+    row = {**turns(("user", "q"), ("assistant", "a")), "images": nothing}
+    assert isinstance(parse(row, RowShape.auto, file="f.jsonl", line=7, id=None), Conversation)

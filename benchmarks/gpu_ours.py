@@ -32,7 +32,8 @@ from sftdist.model.config import load_config
 from sftdist.model.kernels import choose_kernels
 from sftdist.model.load import load_model
 from sftdist.model.lora import LoraSpec, attach
-from sftdist.model.loss import IGNORED, LossModel, causal_lm, chunked_ce, decoder_of
+from sftdist.model.loss import IGNORED, LossModel, chunked_ce
+from sftdist.model.text_part import causal_lm, decoder_of
 from sftdist.training.meter import peak_flops
 from sftdist.training.optimizer import OptimizerSpec
 from sftdist.training.replicated import Replicated

@@ -26,7 +26,7 @@ from sftdist.data.loader import Loader, Step
 from sftdist.data.plan import Plan
 from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.model.cost import train_flops
-from sftdist.model.loss import causal_lm
+from sftdist.model.text_part import causal_lm
 from sftdist.train import ready_data
 from sftdist.training.build import build_trained, model_config, special_ids
 from sftdist.training.engine import Engine

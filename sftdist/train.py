@@ -42,7 +42,7 @@ from sftdist.data.planned import pack_tokens
 from sftdist.data.request import prepare_small, request_of
 from sftdist.evals.loss import evaluate_loss
 from sftdist.evals.rows import evaluation_batches
-from sftdist.model.loss import causal_lm
+from sftdist.model.text_part import causal_lm
 from sftdist.release.start import require_start
 from sftdist.training.auto import chosen_words, settled, settled_on_all
 from sftdist.training.build import Trained
@@ -434,7 +434,7 @@ def checkpoints_of(cfg: TrainConfig, run_dir: Path, trained: Trained, world: Wor
     return Checkpoints(
         run_dir / "checkpoints",
         Keep(settings.keep_last, settings.keep_every, best),
-        base=base_of(cfg, trained.commit, world),
+        base=base_of(cfg, trained, world),
         background=world.beside() if settings.background else None,
     )
 

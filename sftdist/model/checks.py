@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sftdist.core.errors import StartupError
 from sftdist.model.attention import layer_arguments
 from sftdist.model.backends.interface import Backend, Documents
-from sftdist.model.loss import LogitTransform, causal_lm, hidden_states
+from sftdist.model.loss import LogitTransform, hidden_states
+from sftdist.model.text_part import causal_lm
 
 UNPACKED = "set train.packing=false"
 PARITY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest output

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sftdist.core.errors import ConfigError
 from sftdist.model.backends.interface import Documents
 from sftdist.model.load import decoder_layers
-from sftdist.model.loss import causal_lm
+from sftdist.model.text_part import causal_lm
 
 _BESIDE = ("max_length_q", "max_length_k")  # integers of a pack that only an attention reads; ours has the documents
 

@@ -73,6 +73,20 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     )
 
 
+def outside_text(config: Mapping[str, Any]) -> int:
+    """Parameters that no text passes through: a vision tower of SigLIP's shape and a projector, as Gemma 3 has them."""
+    vision = config.get("vision_config")
+    if not vision:
+        return 0
+    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    attention, mlp = 4 * hidden * (hidden + 1), 2 * hidden * inner + inner + hidden
+    places = (vision.get("image_size", 224) // patch) ** 2
+    patches = hidden * (vision.get("num_channels", 3) * patch**2 + 1 + places)
+    pooling = 3 * hidden + attention + mlp if vision.get("vision_use_head", True) else 0
+    layers = vision["num_hidden_layers"] * (attention + mlp + 4 * hidden)
+    return int(patches + layers + 2 * hidden + pooling + hidden * (shape_of(config).hidden + 1))
+
+
 def _windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     kinds = text.get("layer_types") or ["sliding_attention"] * layers
@@ -291,6 +305,7 @@ def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
     plain = setup.precision == "fp32"
     compute = 4 if plain else 2
     share = [1.0 / setup.world if setup.stage >= needed else 1.0 for needed in (1, 2, 3)]
+    outside = outside_text(config)
     linear = p.total - p.embedding * (1 if shape_of(config).tied else 2) if setup.quantised else 0
     # Of blocks of 64, bytes per weight: one in float32, or in 8 bits with its own constants. Every rank has them all.
     constants = (0.127 if setup.double_quant else 0.5) / 8
@@ -298,7 +313,7 @@ def memory(config: Mapping[str, Any], setup: Setup) -> dict[str, float]:
     states = 0.0 if setup.offload else trainable * share[0]
     bucket = reduce_bucket(trainable) if setup.bucket is None else setup.bucket
     return {
-        "weights": linear * (0.5 * share[2] + constants) + (stored - linear) * compute * share[2],
+        "weights": linear * (0.5 * share[2] + constants) + (stored + outside - linear) * compute * share[2],
         "gradients": trainable * (4.0 + last) * share[1],
         "masters": 0.0 if plain and setup.stage == 0 else 4.0 * states,
         "optimizer": 4.0 * setup.moments * states,

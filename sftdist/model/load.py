@@ -21,6 +21,7 @@ from sftdist.core.errors import CheckpointError, ConfigError, StartupError
 from sftdist.core.storage import sha256_file
 from sftdist.model.attention import register
 from sftdist.model.kernels import use_layer_kernels
+from sftdist.model.text_part import causal_lm, decoder_of, freeze_outside_text
 
 ROW_MULTIPLE = 64
 Whole = AbstractContextManager[object]
@@ -47,7 +48,8 @@ def load_model(
     vocab_rows: int | None = None,
     partitioned_init: AbstractContextManager[Any] | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in `dtype` on the CPU (partitioned inside `partitioned_init`), ready for packed rows.
+    """A causal language model in `dtype` on the CPU (partitioned inside `partitioned_init`), ready for packed rows;
+    what no text passes through is frozen.
 
     `attention` is the name of a backend (`attention.choose`); `liger` says that Liger's kernels were chosen for the
     layers (`kernels.choose_kernels`); `recompute_layers` as in `enable_checkpointing`. `vocab_rows` is the number of
@@ -73,15 +75,25 @@ def load_model(
             f"{config.model_type} does not take its attention from transformers' registry (unknown to it: {error}); "
             "this model cannot be trained here: choose one that does"
         ) from error
+    _keep_names_of_files(model)
     if grows and vocab_rows is not None:
         grow_vocabulary(model, vocab_rows)
     assert_tied_as_configured(model)
+    freeze_outside_text(model)
     if liger:
         use_layer_kernels(model)
     if activation_checkpointing:
         enable_checkpointing(model, layers=recompute_layers)
     model.train()
     return model
+
+
+def _keep_names_of_files(model: PreTrainedModel) -> None:
+    """Under ZeRO 3 transformers keeps every renaming that it knows for saving, not those alone that loading took: a
+    tensor would be written under a name that the checkpoint never had."""
+    renamed = getattr(model, "_weight_conversions", None)  # transformers' own, on what came from files
+    if renamed:
+        model._weight_conversions = [conversion for conversion in renamed if conversion.was_used()]
 
 
 def load_strictly(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -153,8 +165,9 @@ def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False, lay
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers of a model in their order, as transformers marks them."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The layers that text passes through in their order, as transformers marks them."""
+    decoder = decoder_of(causal_lm(model))
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def is_tied(model: PreTrainedModel) -> bool:

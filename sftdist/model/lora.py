@@ -10,6 +10,7 @@ from sftdist.model import silence  # noqa: F401 - before PEFT
 
 # isort: split
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,6 +39,7 @@ from sftdist.model.quantised import (
     require_read_alike,
     whole_shape,
 )
+from sftdist.model.text_part import decoder_prefix, outside_text
 
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -102,7 +104,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, *, train_rows: Sequence[int] 
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores weights transposed
         use_rslora=spec.rslora,
         use_dora=spec.dora,
-        target_modules=_linear_names(model) if spec.target == ALL_LINEAR else list(spec.target),
+        target_modules=_targets(model, _linear_names(model) if spec.target == ALL_LINEAR else list(spec.target)),
         target_parameters=experts or None,
         trainable_token_indices=_row_targets(model, train_rows) or None,
     )
@@ -129,13 +131,25 @@ def _old_question() -> Iterator[None]:
         yield
 
 
+def _targets(model: PreTrainedModel, names: list[str]) -> list[str] | str:
+    """The names; beside a vision tower, whose layers have the same ones, an expression for those of the decoder."""
+    if not outside_text(model):
+        return names
+    last = "|".join(re.escape(name) for name in names)
+    return rf"{re.escape(decoder_prefix(model))}(.*\.)?({last})"
+
+
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """Names that match every linear layer but the head: the short ones (q_proj, ...) where they are unambiguous.
 
     PEFT's own "all-linear" also rewrites the targets of some mixtures of experts; here the report must know them.
     """
-    head = model.get_output_embeddings()
-    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    head, prefix = model.get_output_embeddings(), decoder_prefix(model)
+    names = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and (module is head or name.startswith(prefix))
+    }
     inside = [name for name, module in names.items() if module is not head]
     short = {name.rsplit(".", 1)[-1] for name in inside}
     outside = {name.rsplit(".", 1)[-1] for name, module in names.items() if module is head}
@@ -147,7 +161,9 @@ def _experts(model: PreTrainedModel, spec: LoraSpec) -> tuple[list[str], list[st
 
     They are 3-D parameters (experts, in, out), no linear layers: PEFT knows them as `target_parameters`.
     """
-    fused = [name for name, parameter in model.named_parameters() if len(_shape(parameter)) == 3]
+    outside = outside_text(model)
+    named = model.named_parameters()
+    fused = [name for name, parameter in named if len(_shape(parameter)) == 3 and name not in outside]
     if not fused or spec.target != ALL_LINEAR:
         return [], [f"{name}: tune.target names modules, it is a parameter" for name in fused]
     options = {"tune.dora=true": spec.dora, "tune.dropout": spec.dropout > 0.0}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from sftdist.core.errors import ConfigError
 from sftdist.model.backends.interface import Documents
+from sftdist.model.text_part import causal_lm, decoder_of
 
 IGNORED = -100  # a position without a target
 BLOCK_ELEMENTS = {False: 2**20, True: 2**28}  # logits in float32 at a time; True: on CUDA
@@ -322,25 +322,6 @@ def supervised_positions(targets: Tensor) -> Tensor:
     """[N] int64 indices with a target; position 0 where there is none, so that the graph and its collectives stay."""
     index = (targets != IGNORED).nonzero().squeeze(1)
     return index if len(index) else torch.zeros(1, dtype=torch.int64, device=targets.device)
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, also where PEFT has wrapped it."""
-    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
-    return cast(PreTrainedModel, inner)
-
-
-def decoder_of(causal: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that ends before the head. ConfigError where it cannot be told apart."""
-    decoder = causal.get_decoder()
-    if decoder is causal:  # a few classes name a base that they do not have
-        decoder = dict(causal.named_children()).get("model", causal)
-    if decoder is causal or causal.get_output_embeddings() is None:
-        raise ConfigError(
-            f"{type(causal).__name__} does not say which part is its decoder and which its head: "
-            "choose a causal language model with both"
-        )
-    return cast(nn.Module, decoder)
 
 
 def hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, documents: Documents) -> Tensor:

@@ -28,6 +28,7 @@ from sftdist.model.lora import Coverage, LoraSpec, attach, untrained_rows
 from sftdist.model.loss import LossModel, RowLosses, TokenLoss, token_ce
 from sftdist.model.own_loss import load_loss, require_sound, rows_of
 from sftdist.model.quantised import quantise, require_quantisation
+from sftdist.model.text_part import outside_text
 from sftdist.training.engine import Engine, gathered, partitioned_init
 from sftdist.training.optimizer import OptimizerSpec
 from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
@@ -37,7 +38,8 @@ from sftdist.training.zero_config import COMPUTE_DTYPE, EngineSpec
 class Trained:
     """A model under an engine. `coverage`: what the adapter reaches, None in a full fine-tune. `untrained`: ids of
     template and new tokens whose rows the base model never trained. `tied`: head and embeddings are one parameter.
-    `commit`: of the Hub repository that the weights came from."""
+    `commit`: of the Hub repository that the weights came from. `outside_text`: names of frozen parameters that no text
+    passes through."""
 
     engine: Engine
     config: PreTrainedConfig
@@ -47,6 +49,7 @@ class Trained:
     untrained: tuple[int, ...]
     tied: bool
     commit: str | None
+    outside_text: tuple[str, ...]
 
 
 def new_token_ids(cfg: TrainConfig, template: ChatTemplate) -> tuple[int, ...]:
@@ -114,7 +117,7 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
         begin_rows(model, new_ids, partial(gathered, modifier=0))
         found = untrained_rows(model, corpus.template.used_token_ids(), gathered)
         untrained = tuple(sorted({*found, *new_ids}))
-    tied, coverage = is_tied(model), None
+    tied, coverage, outside = is_tied(model), None, tuple(outside_text(model))
     module: Any = model
     if four_bits:
         quantise(model, double_quant=cfg.tune.double_quant, dtype=dtype, device=world.device, floating=spec.stage == 3)
@@ -132,7 +135,7 @@ def build_trained(cfg: TrainConfig, corpus: Corpus, config: PreTrainedConfig, wo
     )
     engine = Engine(loss, optimizer_spec(cfg), spec, world)
     # The model's own config: where the vocabulary grew, it is not the one that was asked for.
-    return Trained(engine, model.config, attention, kernels, coverage, untrained, tied, commit)
+    return Trained(engine, model.config, attention, kernels, coverage, untrained, tied, commit, outside)
 
 
 def memory_setup(cfg: TrainConfig, *, stage: int, world: int, trainable: int | None, device: str) -> cost.Setup:

@@ -72,7 +72,7 @@ class _Captured:
 class Checkpoints:
     """The checkpoints in the folder `root`, for the one run that may write there; `LATEST` stands beside it.
 
-    `base` says what a LoRA run's adapters belong to (path, revision, content hash). With `background`, a world beside
+    `base` says what the trained weights belong to (path, revision, content hash). With `background`, a world beside
     the engine's, a save returns as soon as this rank's part has been copied to host memory, and a thread writes it; at
     most one save is under way. Saving, waiting and loading are collective: if one rank fails, every rank raises.
     """
@@ -283,7 +283,7 @@ class Checkpoints:
             )
         if header["base"] != self._base:
             raise CheckpointError(
-                f"{path}: its adapters belong to the base {header['base']}, but this run loaded {self._base}. "
+                f"{path}: it belongs to the base {header['base']}, but this run loaded {self._base}. "
                 "Set model.path back to that base, or start a new run."
             )
 

@@ -19,7 +19,7 @@ from sftdist.data.store import TRAIN, TokenStore
 from sftdist.model.backends.registry import open_backend
 from sftdist.model.checks import check_isolation, check_logits, check_parity
 from sftdist.model.load import assert_tied_as_configured
-from sftdist.model.loss import causal_lm
+from sftdist.model.text_part import causal_lm
 from sftdist.training.build import Trained
 from sftdist.training.memory_probe import probe_figures
 from sftdist.training.optimizer import full_shape

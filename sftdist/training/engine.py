@@ -39,8 +39,9 @@ from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError, ConfigError, TrainingError
 from sftdist.data.loader import Batch, empty_pack
 from sftdist.model.backends.interface import Documents
-from sftdist.model.loss import LossModel, LossOutput, causal_lm
+from sftdist.model.loss import LossModel, LossOutput
 from sftdist.model.quantised import is_quantised, whole
+from sftdist.model.text_part import causal_lm
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape, stage_issues
 from sftdist.training.own_optimizer import set_updates, without_decay
 from sftdist.training.replicated import Replicated

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from sftdist.core.distributed import World
 from sftdist.core.errors import CheckpointError
@@ -40,7 +41,8 @@ from sftdist.model.lora import (
     require_learned,
     save_adapter,
 )
-from sftdist.model.loss import LossModel, causal_lm
+from sftdist.model.loss import LossModel
+from sftdist.model.text_part import causal_lm, outside_text
 from sftdist.training.export_proof import FreshCheck, probe_rows, tolerance_of, write_probe
 from sftdist.training.shards import Shards
 from sftdist.training.tensor_file import write_tensors
@@ -259,9 +261,22 @@ class _Job:
             for part in (config, config.get_text_config(decoder=True)):
                 part.use_cache = True  # off in training, and needed by everybody who generates
             config.save_pretrained(str(folder))
+            copy_processor(self._model, folder)
             if (folder / ADAPTER).is_dir():
                 self._template.save(folder / ADAPTER)
         write_manifest(folder, known, facts={"step": self._spec.step})
+
+
+def copy_processor(model: PreTrainedModel, folder: Path) -> None:
+    """What turns pictures and sound into inputs of a multimodal model, as it is beside the base."""
+    source = model.config.name_or_path
+    if not source or not outside_text(model):
+        return
+    revision = getattr(model.config, "_commit_hash", None)  # transformers sets it for what came from the Hub
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
+        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
 
 
 def _tensors(source: Exportable, dtype: torch.dtype, proofs: dict[str, LayerMerge]) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sftdist.model.load import decoder_layers
-from sftdist.model.loss import LossModel, causal_lm
+from sftdist.model.loss import LossModel
+from sftdist.model.text_part import causal_lm
 
 HEAD = "head and loss"
 FORWARD, BACKWARD = "forward", "backward"

@@ -28,6 +28,7 @@ from sftdist.model.load import load_model, weight_hashes
 from sftdist.model.lora import attach
 from sftdist.model.loss import LossModel
 from sftdist.model.quantised import is_quantised, quantise, whole, whole_shape
+from sftdist.model.text_part import outside_text
 from sftdist.training.build import engine_spec, lora_spec
 from sftdist.training.checkpoint_files import STATE, read_tensors
 from sftdist.training.export import ExportSpec
@@ -162,11 +163,12 @@ def _needs_float32(cfg: TrainConfig) -> bool:
 
 def _build(cfg: TrainConfig, outline: Outline, base: Mapping[str, Any] | None, dtype: torch.dtype) -> torch.nn.Module:
     """The model as it was when training began; a full fine-tune's weights are those of the checkpoint, so its base is
-    read only where that holds more than parameters."""
+    read only where that holds more than trained parameters."""
     skeleton = _on_meta(outline.config)
-    only_parameters = skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()
+    trained_alone = skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()
+    trained_alone = trained_alone and not outside_text(skeleton)
     adapted = cfg.tune.method != Method.full
-    from_base = cfg.model.init == Init.pretrained and (adapted or not only_parameters)
+    from_base = cfg.model.init == Init.pretrained and (adapted or not trained_alone)
     revision = base["revision"] if base is not None else cfg.model.revision
     model = load_model(
         config=load_config(cfg.model.path, revision, None) if from_base else outline.config,
@@ -198,6 +200,6 @@ def _require_base(cfg: TrainConfig, saved: Mapping[str, Any] | None, path: Path)
     wrong = sorted(name for name in {**saved["files"], **found} if saved["files"].get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
-            f"{path}: its adapters belong to other weights than model.path={cfg.model.path} holds "
-            f"({', '.join(wrong[:3])}); give the folder of their base as model.path"
+            f"{path}: it belongs to other weights than model.path={cfg.model.path} holds "
+            f"({', '.join(wrong[:3])}); give the folder that training began with as model.path"
         )

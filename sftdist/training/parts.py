@@ -21,6 +21,7 @@ from sftdist.data.store import TokenStore
 from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
 from sftdist.model.load import weight_hashes
+from sftdist.model.text_part import parts_named
 from sftdist.training.build import Trained, build_trained, model_config, special_ids
 from sftdist.training.opening import Opening
 from sftdist.training.planned_model import cost_model
@@ -51,6 +52,8 @@ def build_parts(cfg: TrainConfig, opening: Opening, run_dir: Path, world: World,
     trained = build_trained(cfg, corpus, shape, world)
     say(f"attention: {trained.attention}")
     say(f"kernels: {trained.kernels}{', layers compiled' if cfg.model.compile else ''}")
+    if trained.outside_text:
+        say(f"frozen, and kept in the export: {parts_named(trained.outside_text)}, which no text passes through")
     return Parts(corpus, plan, totals, trained)
 
 
@@ -83,14 +86,15 @@ def totals_of(plan: Plan, run_dir: Path, world: World) -> PlanTotals:
     return PlanTotals(**{**totals, "sources": tuple(SourceTotals(**source) for source in totals["sources"])})
 
 
-def base_of(cfg: TrainConfig, commit: str | None, world: World) -> dict[str, Any] | None:
-    """What the adapters of a LoRA run belong to, by content; a full fine-tune holds all of its weights itself."""
-    if cfg.tune.method == Method.full:
+def base_of(cfg: TrainConfig, trained: Trained, world: World) -> dict[str, Any] | None:
+    """What the trained weights belong to, by content: adapters to their base, a decoder to its vision tower. Any other
+    full fine-tune holds all of its weights itself."""
+    if cfg.tune.method == Method.full and not trained.outside_text:
         return None
     hashes = weight_hashes(Path(str(cfg.model.path))) if world.is_main else None
     return {
         "path": cfg.model.path,
-        "revision": commit or cfg.model.revision,
+        "revision": trained.commit or cfg.model.revision,
         "init": cfg.model.init.value,
         "seed": cfg.seed if cfg.model.init == Init.random else None,
         "files": world.broadcast_object(hashes),

@@ -155,7 +155,7 @@ def replay_step(
     if not 1 <= number <= parts.totals.steps:
         raise ConfigError(f"step={number}: there is no such step, required 1 to {parts.totals.steps}")
     engine = parts.trained.engine
-    saved = Checkpoints(source / "checkpoints", Keep(), base=base_of(cfg, parts.trained.commit, world)).load_before(
+    saved = Checkpoints(source / "checkpoints", Keep(), base=base_of(cfg, parts.trained, world)).load_before(
         number, engine, say
     )
     position = saved["data"] if saved else None

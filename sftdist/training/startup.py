@@ -152,8 +152,8 @@ def check_rows(vocabulary_rows: int, largest_id: int) -> str:
 
 
 def check_gradients(trainable: Sequence[str], reached: set[str], may_miss: bool) -> str:
-    """A backward pass gives a gradient to everything that is to be trained; `may_miss`: experts that no token chose,
-    and the parts of a model that text does not pass through, need not have one."""
+    """A backward pass gives a gradient to everything that is to be trained; `may_miss`: experts that no token chose
+    need not have one."""
     missed = [name for name in trainable if name not in reached]
     if not missed:
         return f"a gradient reaches all {len(trainable)} trained tensors"

@@ -31,7 +31,7 @@ from sftdist.data.plan import Plan
 from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.data.store import Block, TokenStore, write_store
 from sftdist.model.backends.interface import Documents
-from sftdist.model.loss import causal_lm
+from sftdist.model.text_part import causal_lm
 from sftdist.train import ready_data
 from sftdist.training import contract as contract_parts
 from sftdist.training import memory_probe

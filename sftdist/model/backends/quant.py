@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sftdist.core.errors import ConfigError
 from sftdist.model.backends.interface import first_line
+from sftdist.model.text_part import outside_text
 
 TYPE = "nf4"
 WORST = 0.2  # of a weight's norm, that 4 bits may change
@@ -156,14 +157,16 @@ def _check(name: str, weight: Tensor, values: Tensor) -> None:
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
-    head = cast(Any, model).get_output_embeddings()
-    return [name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head]
+    """Those that text passes through: a vision tower stays as it is."""
+    head, outside = cast(Any, model).get_output_embeddings(), outside_text(cast(Any, model))
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    return [name for name, layer in layers if layer is not head and f"{name}.weight" not in outside]
 
 
 def _refuse_what_is_left(model: nn.Module, names: list[str]) -> None:
     """Fused experts are parameters and GPT-2's layers a class of their own: bitsandbytes has nothing for either."""
     linear = {name: cast(nn.Linear, model.get_submodule(name)).weight for name in names}
-    known = {id(weight) for weight in linear.values()}
+    known = {id(weight) for weight in (*linear.values(), *outside_text(cast(Any, model)).values())}
     tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding)]
     tables.append(cast(Any, model).get_output_embeddings())
     whole = {id(parameter) for table in tables for parameter in table.parameters()}

@@ -83,6 +83,7 @@ def run(cfg: PlanConfig, say: Callable[[str], None] = print) -> PlanResult:
         gpu=gpu,
         pack_tokens=pack_tokens(cfg),
         parameters=total,
+        outside_text=cost.outside_text(shape),
         trainable=total if cfg.tune.method == Method.full else cost.lora_parameters(shape, cfg.tune.r),
         method=cfg.tune.method.value,
         precision=cfg.precision.value,

@@ -49,6 +49,7 @@ class PlanResult:
     gpu: Gpu
     pack_tokens: int
     parameters: int
+    outside_text: int
     trainable: int
     method: str
     precision: str
@@ -83,7 +84,8 @@ def lines(result: PlanResult) -> Iterator[str]:
     """The plan in words and tables, for a terminal or a log file."""
     trained = "all of them trained" if result.method == "full" else f"{result.trainable:,} trained ({result.method})"
     step, memory = result.step, result.gpu.memory_gib
-    yield f"{result.exp}: {result.parameters:,} parameters, {trained}, {result.precision}"
+    frozen = f"; {result.outside_text:,} more, which no text passes through, are frozen" if result.outside_text else ""
+    yield f"{result.exp}: {result.parameters:,} parameters, {trained}, {result.precision}{frozen}"
     yield (
         f"on {result.gpus} x {result.gpu.name} of {memory:g} GiB; a step is {step.packs} packs with {step.tokens:,.0f} "
         f"tokens on average, {step.micro(result.gpus)} for each GPU"
@@ -250,6 +252,7 @@ def as_json(result: PlanResult) -> dict[str, Any]:
     """For scripts: bytes and seconds, every choice with its parts and terms."""
     return {
         "parameters": result.parameters,
+        "outside_text": result.outside_text,
         "trainable": result.trainable,
         "method": result.method,
         "gpu": asdict(result.gpu),

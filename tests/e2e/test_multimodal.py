@@ -49,7 +49,7 @@ def require_whole(base: Path, tuned: Path) -> None:
     assert {name: json.loads((tuned / name).read_text()) for name in PROCESSOR} == PROCESSOR
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_full_fine_tune_keeps_the_tower_and_says_so(
     shop: Path, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,7 +72,7 @@ def test_a_full_fine_tune_keeps_the_tower_and_says_so(
             export(compose(None, ["run.dir=runs/one", "step=1"], ExportConfig))
 
 
-def test_an_adapter_belongs_to_the_decoder_alone_and_a_run_goes_on_bit_equal(shop: Path) -> None:
+def test_an_adapter_belongs_to_the_decoder_alone(shop: Path) -> None:
     keys = (*KEYS, "optimizer.lr=0.02", "zero.stage=1")
     run(compose("lora", [*keys, "train.max_steps=2", "run.dir=runs/whole"]))
     require_whole(shop / "model", shop / "runs/whole/export")

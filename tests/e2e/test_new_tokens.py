@@ -66,7 +66,7 @@ def test_a_full_fine_tune_trains_their_rows_and_the_export_knows_them(shop: Call
         assert 0 < float(moved.max()) < 0.01, "two steps away from where they began"
 
 
-@pytest.mark.parametrize("padding", [0, 40])
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.long), 40])
 def test_an_adapter_trains_their_rows_and_no_other_and_goes_on_where_it_ended(
     shop: Callable[..., Path], padding: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +92,7 @@ def test_an_adapter_trains_their_rows_and_no_other_and_goes_on_where_it_ended(
     assert chat.main(["--model", "runs/one/export", "--base-model", "model", "--base", "--once", "What colour?"]) == 0
 
 
+@pytest.mark.long
 def test_a_run_that_begins_with_an_export_keeps_the_rows_that_it_has_trained(shop: Callable[..., Path]) -> None:
     folder = shop()
     train("full", "train.max_steps=2", "run.dir=runs/one", "optimizer.lr=0.01")

@@ -103,7 +103,9 @@ def test_names_classes_and_values_stay() -> None:
     eager, compiled = pair("llama_tied", "lora")
     assert list(compiled.state_dict()) == list(eager.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
-    assert [type(layer) for layer in decoder_layers(compiled)] == [type(layer) for layer in decoder_layers(eager)]
+    assert [type(layer) for layer in decoder_layers(compiled.model)] == [
+        type(layer) for layer in decoder_layers(eager.model)
+    ]
 
 
 def test_a_model_without_marked_layers_is_refused() -> None:

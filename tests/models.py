@@ -77,13 +77,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+# Layers of short convolutions and recurrences beside some with attention.
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_DELTA = {
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 4},
+    "layer_types": ["linear_attention", "full_attention"],
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **{"model_type": "qwen3_next", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, **_DELTA},
+    },
+    "qwen3_5": {"model_type": "qwen3_5_text", "head_dim": 8, **_DELTA},
+    "olmo_hybrid": {"model_type": "olmo_hybrid", **_DELTA},
+    "falcon_h1": {"model_type": "falcon_h1", "head_dim": 8, "mamba_d_ssm": 64, **_MAMBA},
+    "bamba": {"model_type": "bamba", "attn_layer_indices": [1], **_MAMBA},
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+    "jamba": {
+        **{"model_type": "jamba", "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 16},
+        **{"expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    },
+}
 MIXTURES_OF_EXPERTS = {"gpt_oss", "mixtral", "qwen3_moe"}
 WINDOWED = {"mistral", "gemma2", "gemma3", "phi3", "gpt_oss"}
 
 
 def shape(family: str, **changes: Any) -> dict[str, Any]:
     """The config of a tiny model as the mapping that `model.shape` takes."""
-    return {**_COMMON, **SHAPES[family], **changes}
+    return {**_COMMON, **{**SHAPES, **HYBRIDS}[family], **changes}
 
 
 def tiny_model(family: str, *, seed: int = 0, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:

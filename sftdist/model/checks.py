@@ -75,7 +75,8 @@ def traceless(model: nn.Module, device: torch.device) -> Iterator[None]:
 def check_isolation(
     model: nn.Module, vocabulary: int, device: torch.device, *, packed: bool = True
 ) -> Isolation | None:
-    """Change one token of the middle one of three documents: nothing before it and no other document may move.
+    """Change tokens of the middle one of three documents, its last one among them, beyond which a short convolution
+    sees first: nothing before them and no other document may move.
 
     Bit for bit in dense models. In mixtures of experts within the rounding of the experts and far below a
     control that runs the same tokens as one document. Without packing (`packed=False`) only that a document
@@ -85,7 +86,7 @@ def check_isolation(
     documents = Documents.of_lengths([6, 4, 8], device) if packed else joined
     ids = _random_ids(documents.tokens, vocabulary, device)
     changed = ids.clone()
-    changed[7] = (ids[7] + 1) % vocabulary
+    changed[[7, 9]] = (ids[[7, 9]] + 1) % vocabulary
     with traceless(model, device):
         before, after = _both(model, ids, changed, documents)
         past = (after - before)[:7].abs().max().item()
@@ -118,7 +119,7 @@ def _both(model: nn.Module, one: Tensor, other: Tensor, documents: Documents) ->
     try:
         return hidden_states(model, one, positions, documents), hidden_states(model, other, positions, documents)
     except ValueError as error:  # layers of transformers that know that they cannot keep documents apart
-        raise StartupError(f"isolation check: {error}: {UNPACKED}") from error
+        raise StartupError(f"isolation check: {str(error).rstrip('.')}: {UNPACKED}") from error
 
 
 def _is_rounding(leak: float, control: float, largest: float, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sftdist.core.errors import ConfigError
 from sftdist.model.buckets import reduce_bucket
 
 GIB = 2**30
@@ -48,6 +49,11 @@ class Shape:
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """Read the sizes from a config mapping, by the names that transformers uses."""
     text = config.get("text_config") or config
+    if "num_attention_heads" not in text:
+        raise ConfigError(
+            f"model: given {text.get('model_type')}, a model without attention; required is one that has attention in "
+            "some layers at least: what it costs is not known otherwise"
+        )
     heads, hidden = text["num_attention_heads"], text["hidden_size"]
     experts = text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0
     layers = text["num_hidden_layers"]

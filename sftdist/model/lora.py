@@ -39,7 +39,7 @@ from sftdist.model.quantised import (
     require_read_alike,
     whole_shape,
 )
-from sftdist.model.text_part import decoder_prefix, outside_text
+from sftdist.model.text_part import convolutions, decoder_prefix, outside_text
 
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -161,9 +161,10 @@ def _experts(model: PreTrainedModel, spec: LoraSpec) -> tuple[list[str], list[st
 
     They are 3-D parameters (experts, in, out), no linear layers: PEFT knows them as `target_parameters`.
     """
-    outside = outside_text(model)
-    named = model.named_parameters()
-    fused = [name for name, parameter in named if len(_shape(parameter)) == 3 and name not in outside]
+    others = {id(parameter) for parameter in outside_text(model).values()}
+    others |= {id(parameter) for _, parameter in convolutions(model)}
+    three = [(name, parameter) for name, parameter in model.named_parameters() if len(_shape(parameter)) == 3]
+    fused = [name for name, parameter in three if id(parameter) not in others]
     if not fused or spec.target != ALL_LINEAR:
         return [], [f"{name}: tune.target names modules, it is a parameter" for name in fused]
     options = {"tune.dora=true": spec.dora, "tune.dropout": spec.dropout > 0.0}

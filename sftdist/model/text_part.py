@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 from torch import nn
@@ -46,6 +46,15 @@ def freeze_outside_text(causal: PreTrainedModel) -> None:
 def parts_named(names: Iterable[str]) -> str:
     """The modules that hold these parameters, as one would name them: model.vision_tower, ..."""
     return ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+
+
+def convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Weights of the short convolutions of recurrent layers, each with the layer that hands it to a function: the
+    convolution itself is never called, so nothing that waits for its call would make its weights whole."""
+    for owner in decoder_of(causal_lm(model)).modules():
+        for child in owner.children():
+            if isinstance(child, nn.Conv1d):
+                yield from ((owner, parameter) for parameter in child.parameters(recurse=False))
 
 
 def decoder_prefix(causal: PreTrainedModel) -> str:

@@ -41,7 +41,7 @@ from sftdist.data.loader import Batch, empty_pack
 from sftdist.model.backends.interface import Documents
 from sftdist.model.loss import LossModel, LossOutput
 from sftdist.model.quantised import is_quantised, whole
-from sftdist.model.text_part import causal_lm
+from sftdist.model.text_part import causal_lm, convolutions
 from sftdist.training.optimizer import OptimizerSpec, decays, full_shape, stage_issues
 from sftdist.training.own_optimizer import set_updates, without_decay
 from sftdist.training.replicated import Replicated
@@ -102,6 +102,8 @@ class Partitioned:
             _refuse_dora(self._weights)
             for head in _head_parameters(module):
                 deepspeed.zero.register_external_parameter(module.head_loss, head)
+            for owner, weight in convolutions(module.model):
+                deepspeed.zero.register_external_parameter(owner, weight)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module,

@@ -28,7 +28,7 @@ CANDIDATES = 2048  # conversations per source looked at for the costliest pack
 def probe_figures(cfg: TrainConfig, corpus: Corpus, plan: Plan, trained: Trained, world: World) -> str:
     """Forward and backward of `loss * 0` on the costliest pack that this run can hold; does every trained tensor get
     a gradient? Raises LocalFailure on a rank that runs out of memory, with the overrides that would fit."""
-    batch = costliest_pack(corpus, plan.spec.pack_tokens)
+    batch = costliest_pack(corpus, plan.spec.pack_tokens, packing=plan.spec.packing)
     trainable = trained.coverage.trainable if trained.coverage else None
     module, mapping = trained.engine.module, trained.config.to_dict()
     reason = None
@@ -73,8 +73,9 @@ def gradients_reached(module: nn.Module) -> Iterator[set[str]]:
             hook.remove()
 
 
-def costliest_pack(corpus: Corpus, pack_tokens: int) -> Batch:
-    """The longest conversations that one pack holds: the most attention, and every token of the pack."""
+def costliest_pack(corpus: Corpus, pack_tokens: int, *, packing: bool) -> Batch:
+    """The longest conversations that one pack holds: the most attention, and every token of the pack. Without packing
+    the longest one alone."""
     candidates = []
     for number, fitted in enumerate(corpus.fitted):
         places = fitted.longest(CANDIDATES)
@@ -85,5 +86,5 @@ def costliest_pack(corpus: Corpus, pack_tokens: int) -> Batch:
         if length <= room:
             ids, weights = corpus.stores[number].tokens(row)
             chosen.append(Document(ids[:length], weights[:length], number, ""))
-            room -= length
+            room = room - length if packing else 0
     return pack_documents(chosen)

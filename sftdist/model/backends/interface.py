@@ -54,12 +54,18 @@ class Documents:
         """[T] int64: 0, 1, 2, ... in each document."""
         return torch.cat([torch.arange(length) for length in self.lengths]).to(self.cu_seqlens.device)
 
+    def numbers(self) -> Tensor:
+        """[1,T] int32: 0 in the first document, 1 in the second, ..."""
+        lengths = torch.tensor(self.lengths)
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(lengths)
+        return numbers[None].to(self.cu_seqlens.device, non_blocking=True)
+
     def model_arguments(self) -> dict[str, Any]:
         """The extra keyword arguments of a model call.
 
-        `documents` is what our attention reads. The other four are transformers' own names for the same thing, so
-        that layers without attention that honour them (some convolutions and recurrences) restart at each
-        document; a single document needs no boundary, and some such layers refuse to be given one.
+        `documents` is what our attention reads. The other five are transformers' own names for the same thing, so
+        that layers without attention that honour them (convolutions and recurrences) restart at each document; a
+        single document needs no boundary, and such layers refuse to be given one that they cannot honour.
         """
         if len(self.lengths) == 1:
             return {"documents": self}
@@ -69,6 +75,7 @@ class Documents:
             "cu_seq_lens_k": self.cu_seqlens,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
+            "seq_idx": self.numbers(),
         }
 
 

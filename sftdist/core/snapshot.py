@@ -118,14 +118,29 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError."""
+    """The mapping in a YAML file. Raises ConfigError, also where a key stands twice and YAML would take the last."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: given {type(values).__name__}, required a mapping of keys")
     return values
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """A key that stands twice in a mapping is an error; what `<<` brings in may be replaced."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def one_line(error: Exception) -> str:

@@ -15,6 +15,10 @@ _FENCE = re.compile(r"^( *)```.*?^\1```$", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"`((?:tests|benchmarks|launch|slurm|conf|docs|sftdist)/[\w./-]+\.\w+)(?:::(\w+))?`")
 
+FAULTS = {"S": 25, "A": 28, "B": 5, "C": 8}
+# What an answer may lean on: a test, a command, a key, another page, a row of the table of promises.
+_HELD = re.compile(r"`tests/|`sftdist |`[a-z]+\.[a-z_]+|\]\(|\(X\d")
+
 
 def prose(text: str) -> str:
     """Without blocks, line for line."""
@@ -58,6 +62,19 @@ def test_named_files_and_tests_are_there(page: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     index = set(_LINK.findall((DOCS / "README.md").read_text(encoding="utf-8")))
     assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= index
+
+
+def test_every_fault_of_the_table_has_a_test() -> None:
+    rows = re.findall(r"^\| ([SABC]\d+) \|.*\| (.*) \|$", (DOCS / "faults.md").read_text(encoding="utf-8"), re.M)
+    assert [row for row, _ in rows] == [f"{kind}{n + 1}" for kind, count in FAULTS.items() for n in range(count)]
+    assert [row for row, tests in rows if not all(test for _, test in _PATH.findall(tests) or [("", "")])] == []
+
+
+def test_every_answer_of_the_questions_names_what_holds_it() -> None:
+    page = (DOCS / "faq.md").read_text(encoding="utf-8")
+    answers = re.findall(r"^\*\*(.+?)\*\*(.*?)(?=^\*\*|^## |\Z)", page, re.M | re.S)
+    assert len(answers) > 30
+    assert [question for question, answer in answers if not _HELD.search(answer)] == []
 
 
 def test_every_picture_is_used_and_small() -> None:

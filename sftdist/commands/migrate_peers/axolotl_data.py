@@ -94,6 +94,8 @@ def _one(account: Account) -> None:
 
 def _path(account: Account) -> str | list[str] | None:
     """`path: json` with data_files means these files."""
+    if not account.has("path"):
+        raise wrong("path", None, "a file, a folder or a set of the Hub in each of the datasets")
     files = account.get("data_files")
     if files is not None and str(account.get("path")) in ("json", "parquet", "csv", "text", "arrow"):
         listed = [our_path(account, "data_files", name) for name in words("data_files", files)]

@@ -302,6 +302,8 @@ def test_a_file_is_never_replaced_unasked(folder: Path, capsys: pytest.CaptureFi
         ("base_model: m\nlora_r: many\nadapter: lora\n", (), "lora_r: given 'many', required a number"),
         ("base_model: m\nmicro_batch_size: 1.5\n", (), "micro_batch_size: given 1.5, required a whole number"),
         ("base_model: m\ndatasets: rows.jsonl\n", (), "datasets: given 'rows.jsonl', required a list of datasets"),
+        ("base_model: m\ndatasets: [{type: alpaca}]\n", (), "path: given null, required a file, a folder or a set"),
+        ("base_model: m\nlora_r: 8\nlora_r: 16\n", (), "lora_r is given twice in"),
         ("base_model: m\n", ("--name", "a/b"), "--name: given 'a/b', required letters, digits"),
     ],
 )
@@ -312,6 +314,11 @@ def test_what_cannot_be_read_is_said(
     assert command.main(["mine.yml", *words]) == 2
     assert said in capsys.readouterr().err
     assert not Path("conf").exists()
+
+
+def test_a_value_may_take_the_place_of_one_that_a_merge_brings(folder: Path) -> None:
+    Path("mine.yml").write_text("common: &common {a: 1, b: 2}\nmine: {<<: *common, a: 3}\nagain: {<<: *common}\n")
+    assert read_yaml(Path("mine.yml"))["mine"] == {"a": 3, "b": 2}
 
 
 def test_a_missing_file_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -515,10 +515,9 @@ def test_unknown_commands_name_the_nearest() -> None:
     assert "inspect" in listing
 
 
-@pytest.mark.long
-def test_an_installed_wheel_brings_its_conf(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, cwd=tmp_path)
+def test_a_wheel_brings_every_file(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     place, empty = tmp_path / "installed", tmp_path / "empty"
     zipfile.ZipFile(wheel).extractall(place)
@@ -533,3 +532,12 @@ def test_an_installed_wheel_brings_its_conf(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.split() == [str(place / "sftdist" / "conf"), "3"]
+    shipped = {"sftdist": "sftdist", "conf": "sftdist/conf", "slurm": "sftdist/slurm"}
+    files = [
+        Path(target) / path.relative_to(ROOT / folder)
+        for folder, target in shipped.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert len(files) > 300
+    assert [str(file) for file in files if not (place / file).is_file()] == []

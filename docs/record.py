@@ -9,7 +9,8 @@
 In a page, a block of shell below the comment `<!-- recorded -->` is run, all of them in one empty folder, one after
 another; `<!-- recorded: exit 4 -->` expects another exit code than 0. The block of text that follows shows its output:
 whole, or as some of its lines with `...` between them. An empty one is filled with all of it. A picture below
-`<!-- screenshot: FILE WIDTHxHEIGHT -->` is what Chromium shows of that file of the folder.
+`<!-- screenshot: FILE WIDTHxHEIGHT -->` is what Chromium shows of that file of the folder; FILE may hold `*`, since a
+run is named after its configuration.
 
 Everything that was printed is kept in docs/sessions/PAGE.txt. A line of a page is written anew from the recorded line
 that is like it but for its figures; where there is none, the page is wrong, and is named.
@@ -153,7 +154,7 @@ def photograph(page: str, folder: Path) -> None:
         picture.parent.mkdir(exist_ok=True)
         options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
         size = f"--window-size={found['size'].replace('x', ',')}"
-        target = (folder / found["file"]).resolve()
+        (target,) = folder.resolve().glob(found["file"])
         command = [browser, *options, size, f"--user-data-dir={folder}/.profile", f"--screenshot={picture}"]
         subprocess.run([*command, target.as_uri()], check=True, capture_output=True)
 

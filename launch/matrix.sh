@@ -3,6 +3,7 @@
 # been tried, each in a virtual environment of its own. All other packages are those of constraints.txt.
 #   bash launch/matrix.sh              both
 #   bash launch/matrix.sh oldest       one of them
+#   PYTHON=python3.13 bash launch/matrix.sh newest
 # SFTDIST_MATRIX names the folder for the environments (default .matrix): 7 GB each with CUDA's libraries, 2 GB where
 # pip's index has builds of torch for the CPU.
 set -euo pipefail
@@ -10,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 versions() {
     case "$1" in
-    oldest) echo "torch==2.11.0 transformers==5.20.0 peft==0.20.0" ;;
-    newest) echo "torch==2.15.0 transformers==5.23.0 peft==0.21.2" ;;
+    oldest) echo "torch==2.12.0 transformers==5.23.0 peft==0.21.0" ;;
+    newest) echo "torch==2.15.0 transformers==5.24.0 peft==0.21.2" ;;
     *) echo "given $1, required oldest or newest" >&2 && return 2 ;;
     esac
 }

@@ -69,12 +69,9 @@ def command(cfg: PublishConfig) -> int:
 
 
 def publish_issues(cfg: PublishConfig) -> list[str]:
-    """What publish needs beside what evaluate does, and what it does not let anybody choose."""
-    run_dir = Path(str(cfg.run.dir))
-    if cfg.run.dir is None or not (run_dir / snapshot.FILE).is_file():
-        given = "nothing" if cfg.run.dir is None else str(cfg.run.dir)
-        return [f"run.dir: given {given}, required the directory of a run (it holds {snapshot.FILE})"]
-    changed = snapshot.differences(snapshot.read_config(run_dir), cfg)
+    """What publish needs beside what evaluate does, and what it does not let anybody choose. Raises ConfigError where
+    `run.dir` is no run: what else is missing then does not matter."""
+    changed = snapshot.differences(snapshot.read_config(snapshot.require_run(cfg.run.dir)), cfg)
     return release_issues(cfg) + [
         f"{key}: the run has {before!r}, given {now!r}; a release is judged on what its run was given"
         for key, (before, now) in changed.items()

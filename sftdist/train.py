@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from sftdist.assets import quickstart
 from sftdist.core import agent, config
 from sftdist.core.distributed import (
@@ -338,7 +336,6 @@ class Job:
 def train(cfg: TrainConfig, opening: Opening, world: World, stop: StopSignal, run_dir: Path) -> TrainResult:
     """Build everything, check it, run the loop, export."""
     say = partial(print, flush=True) if world.is_main else silent
-    logging.disable_progress_bar()  # one bar a rank would garble the screen
     parts = build_parts(cfg, opening, run_dir, world, say)
     corpus, plan, totals, trained = parts.corpus, parts.plan, parts.totals, parts.trained
     if world.is_main:

@@ -58,6 +58,7 @@ def page(
         open=OPEN,
         more=max(0, len(runs) - MOST_LINES),
         sources=list(dict.fromkeys(one.name for run in runs for one in run.facts.mixture)),
+        mixed=len({frozenset((one.name, one.asked) for one in run.facts.mixture) for run in runs}) > 1,
         mixtures={run.label: {one.name: one for one in run.facts.mixture} for run in runs},
     )
 

@@ -33,11 +33,7 @@ def main() -> int:
 def run_issues(cfg: ExportConfig) -> list[str]:
     """Keys that differ from the run's own, though an export cannot change them. Raises ConfigError where `run.dir` is
     no run: what else is missing then does not matter."""
-    run_dir = Path(str(cfg.run.dir))
-    if cfg.run.dir is None or not (run_dir / snapshot.FILE).is_file():
-        given = "nothing" if cfg.run.dir is None else str(cfg.run.dir)
-        raise ConfigError(f"run.dir: given {given}, required the directory of a run (it holds {snapshot.FILE})")
-    changed = snapshot.differences(snapshot.read_config(run_dir), cfg)
+    changed = snapshot.differences(snapshot.read_config(snapshot.require_run(cfg.run.dir)), cfg)
     issues = [
         f"{key}: the run has {before!r}, given {now!r}; an export takes only merge, export.* and model.path"
         for key, (before, now) in changed.items()

@@ -23,6 +23,7 @@ from sftdist.commands.inspect_step import documents_of_step
 from sftdist.commands.inspect_views import print_terminal
 from sftdist.core.config import main as command_line
 from sftdist.core.settings import InspectConfig
+from sftdist.core.snapshot import require_run
 from sftdist.data.clean import Rules, normalise
 from sftdist.data.explain import explain
 from sftdist.data.request import request_of
@@ -64,7 +65,16 @@ def run(cfg: InspectConfig) -> InspectResult:
 
 def main() -> int:
     """The command line: `sftdist inspect [+exp=NAME] [key=value ...]`."""
-    return command_line(InspectConfig, run, "inspect")
+    return command_line(InspectConfig, run, "inspect", checks=[run_issues])
+
+
+def run_issues(cfg: InspectConfig) -> list[str]:
+    """Raises ConfigError where a run is named that is none, or `worst` has none: what else is missing then does not
+    matter."""
+    of_run = cfg.step is not None and cfg.exp == InspectConfig().exp and cfg.run.dir != f"runs/{cfg.run.name}"
+    if of_run or cfg.worst is not None:
+        require_run(cfg.run.dir)
+    return []
 
 
 def _lines(

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from sftdist.commands.inspect_step import Document, as_trained, explained
-from sftdist.core.errors import CheckpointError, ConfigError
+from sftdist.core.errors import CheckpointError
 from sftdist.core.settings import InspectConfig, Method
-from sftdist.core.snapshot import FILE
+from sftdist.core.snapshot import require_run
 from sftdist.data.loader import Batch, pack_documents
 from sftdist.data.loader import Document as Tokens
 from sftdist.data.pipeline import PrepareRequest, prepare
@@ -59,11 +59,8 @@ def worst_rows(cfg: InspectConfig, request: PrepareRequest, say: Callable[[str],
     CheckpointError where the checkpoint is not there or not whole, DataError where rows and model have not the same
     tokens.
     """
-    if cfg.run.dir is None or not (Path(cfg.run.dir) / FILE).is_file():
-        given = "nothing" if cfg.run.dir is None else cfg.run.dir
-        raise ConfigError(f"run.dir: given {given}, required the directory of a run (it holds {FILE}), with worst=N")
     logging.disable_progress_bar()
-    model, name = _loaded(cfg, Path(cfg.run.dir))
+    model, name = _loaded(cfg, require_run(cfg.run.dir))
     corpus = corpus_of(cfg, prepare(request, say))
     require_same_tokens(corpus.stores, model.template)
     rows = rows_to_score(corpus.stores, SPLITS[TRAIN], max_len=cfg.data.max_len, most=cfg.limit)

@@ -76,6 +76,15 @@ def write_config(run_dir: Path, cfg: TrainConfig) -> None:
     write_text(run_dir / FILE, to_yaml(cfg))
 
 
+def require_run(folder: str | Path | None, key: str = "run.dir") -> Path:
+    """The run directory that `key` names. Raises ConfigError where it is none."""
+    path = None if folder is None else Path(folder).expanduser()
+    if path is None or not (path / FILE).is_file():
+        given = "nothing" if folder is None else folder
+        raise ConfigError(f"{key}: given {given}, required the directory of a run (it holds {FILE})")
+    return path
+
+
 def read_config(run_dir: Path, schema: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
     """The configuration in `run_dir/config.yaml`. Raises ConfigError."""
     path = run_dir / FILE

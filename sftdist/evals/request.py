@@ -144,7 +144,7 @@ def _candidate(cfg: EvaluateConfig, run_dir: Path, is_run: bool, resolve: Resolv
         return export
     if cfg.model.path is None:
         if cfg.run.dir != f"runs/{cfg.run.name}":  # somebody has named it
-            raise ConfigError(f"run.dir: given {run_dir}, required the directory of a run (it holds {snapshot.FILE})")
+            snapshot.require_run(run_dir)
         raise ConfigError("evaluate: given no model, required run.dir=R, candidate=FOLDER or model.path=FOLDER")
     return resolve("model.path", cfg.model.path)
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from sftdist.core.distributed import World
 from sftdist.core.settings import Init, Method, TrainConfig
 from sftdist.core.storage import read_json, write_json
@@ -40,6 +42,7 @@ class Parts:
 
 def build_parts(cfg: TrainConfig, opening: Opening, run_dir: Path, world: World, say: Callable[[str], None]) -> Parts:
     """Collective; `say` prints a line on rank 0."""
+    logging.disable_progress_bar()  # one bar a rank would garble the screen
     corpus = corpus_of(cfg, opened(cfg, opening))
     tokenizer = corpus.template.tokenizer
     shape = model_config(cfg, len(tokenizer), special_ids(tokenizer))

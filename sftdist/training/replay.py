@@ -21,7 +21,7 @@ from sftdist.core.distributed import World
 from sftdist.core.errors import ConfigError, TrainingError
 from sftdist.core.figures import METRICS
 from sftdist.core.settings import TrainConfig, TrainJobConfig
-from sftdist.core.snapshot import FILE, differences, of_run, read_config
+from sftdist.core.snapshot import differences, of_run, read_config, require_run
 from sftdist.core.storage import read_jsonl, write_json, write_text
 from sftdist.core.table import columns
 from sftdist.data.loader import IGNORED, Batch, Loader, Step
@@ -41,12 +41,13 @@ _FRAMES = 12  # lines of what torch says of a forward
 
 
 def replay_issues(cfg: TrainJobConfig) -> list[str]:
-    """What is wrong with `replay` and `step`, before anything starts."""
+    """What is wrong with `replay` and `step`, before anything starts.
+
+    Raises ConfigError where `replay` names no run: what else is missing then does not matter.
+    """
     if cfg.replay is None:
         return [] if cfg.step is None else ["step: it goes with replay=R, which names a run"]
-    source = Path(cfg.replay).expanduser()
-    if not (source / FILE).is_file():
-        return [f"replay={cfg.replay}: not the directory of a run (it holds {FILE})"]
+    source = require_run(cfg.replay, "replay")
     issues = []
     if cfg.step is None or cfg.step < 1:
         issues.append(f"step={cfg.step}: with replay, required the number of an optimizer step, from 1")

@@ -102,7 +102,10 @@ def test_a_run_that_failed_in_the_step(home: Path) -> None:
 REFUSED = {
     "no step": (["replay=runs/base"], "step=None: with replay, required the number of an optimizer step, from 1"),
     "step 0": (["replay=runs/base", "step=0"], "step=0: with replay, required"),
-    "no run": (["replay=runs/none", "step=1"], "replay=runs/none: not the directory of a run"),
+    "no run": (
+        ["replay=runs/none", "step=1"],
+        "error: replay: given runs/none, required the directory of a run (it holds config.yaml)",
+    ),
     "no replay": (["step=3", "+exp=full", "model.path=model", "data.train=my.jsonl"], "step: it goes with replay=R"),
     "another rate": (
         ["replay=runs/base", "step=2", "optimizer.lr=0.5"],
@@ -139,6 +142,7 @@ def test_eight_rows_by_heart(home: Path) -> None:
     keys = [*RUN, "optimizer.lr=3e-3", "run.dir=runs/mine", "overfit=8"]
     said = train_to_the_end(1, keys, home)
     assert "overfit: the loss of 8 rows fell from" in said
+    assert "Loading weights" not in said  # a bar that a log would hold once a tick
     found = json.loads((home / "runs/mine-overfit/overfit.json").read_text())
     assert (found["reached"], found["causes"], found["rows"]) == (True, [], 8)
     assert found["losses"][-1] <= 0.05

@@ -149,6 +149,18 @@ def test_the_page_has_both_curves_and_what_differs(two: list[Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("lam", "said"),
+    [(0.7, "<p>Nothing: the same configuration"), (0.6, "<p>Nothing but the mixture: otherwise the same")],
+)
+def test_runs_that_differ_in_nothing_else_than_the_mixture_are_not_the_same(
+    tmp_path: Path, lam: float, said: str
+) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "other", lam=lam)]
+    assert main([*map(str, runs), "--html", str(tmp_path / "compare.html")]) == 0
+    assert said in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
     ("key", "first"),
     [("a.exact_match", "high"), ("a.rouge_l", "high"), ("eval/loss", "high"), ("label", "high"), ("steps", "low")],
 )

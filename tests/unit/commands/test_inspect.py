@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sftdist.commands.inspect import run
+from sftdist.commands.inspect import main, run
 from sftdist.commands.inspect_page import write_html
 from sftdist.core.config import compose
 from sftdist.core.errors import ConfigError
@@ -213,6 +213,19 @@ def test_config_errors(folder: Path) -> None:
     base = [word for word in overrides(folder) if "chat_template" not in word]
     with pytest.raises(ConfigError, match="no chat template"):
         run(compose(None, base, InspectConfig))
+
+
+@pytest.mark.parametrize("asked", ["step=1", "worst=3"])
+def test_a_run_that_is_none_is_all_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    """Nothing of the model and the data that such a run would have brought along."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["inspect", "run.dir=runs/none", asked])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.endswith("error: run.dir: given runs/none, required the directory of a run (it holds config.yaml)\n")
+    assert len(said.splitlines()) == 1
 
 
 def test_the_command_exits_0_on_refused_rows_and_loads_no_model_code(folder: Path) -> None:

@@ -22,6 +22,7 @@ from sftdist.data.planned import corpus_of, plan_spec
 from sftdist.data.store import TokenStore
 from sftdist.data.summary import describe_plan
 from sftdist.data.template import ChatTemplate
+from sftdist.model.cpu import is_emulated
 from sftdist.model.load import weight_hashes
 from sftdist.model.text_part import parts_named
 from sftdist.training.build import Trained, build_trained, model_config, special_ids
@@ -55,6 +56,8 @@ def build_parts(cfg: TrainConfig, opening: Opening, run_dir: Path, world: World,
     trained = build_trained(cfg, corpus, shape, world)
     say(f"attention: {trained.attention}")
     say(f"kernels: {trained.kernels}{', layers compiled' if cfg.model.compile else ''}")
+    if is_emulated(cfg.precision, world.device):
+        say("precision: this CPU has no instructions for bf16; precision=fp32 is several times as fast here")
     if trained.outside_text:
         say(f"frozen, and kept in the export: {parts_named(trained.outside_text)}, which no text passes through")
     return Parts(corpus, plan, totals, trained)

@@ -52,7 +52,8 @@ class Driver:
 
 @dataclass(frozen=True)
 class Torch:
-    """What torch says of itself. `error`: why it cannot be imported; `cuda` and `rocm`: what it was built for."""
+    """What torch says of itself. `error`: why it cannot be imported; `cuda` and `rocm`: what it was built for;
+    `cpu_bf16`: whether this CPU has instructions for bf16."""
 
     version: str = ""
     cuda: str | None = None
@@ -62,6 +63,7 @@ class Torch:
     nccl: str | None = None
     architectures: tuple[str, ...] = ()
     gpus: tuple[Mapping[str, Any], ...] = ()
+    cpu_bf16: bool = True
     why_no_gpu: str = ""
     error: str = ""
 
@@ -165,7 +167,7 @@ def _gpus(torch: Torch, driver: Driver) -> Finding:
     if not gpus:
         gpus = [(card.name, card.memory / 1024, card.capability) for card in driver.cards]
     if not gpus:
-        return _no_gpu(driver)
+        return _no_gpu(driver, torch)
     kinds = Counter(f"{name} ({memory:.0f} GiB, compute capability {cap})" for name, memory, cap in gpus)
     text = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if torch.gpus and len(torch.gpus) < len(driver.cards):
@@ -186,12 +188,18 @@ def _gpus(torch: Torch, driver: Driver) -> Finding:
     return ok("gpus", text)
 
 
-def _no_gpu(driver: Driver) -> Finding:
+def _no_gpu(driver: Driver, torch: Torch) -> Finding:
     absent = driver.error in ("nvidia-smi is not here", "nvidia-smi finds no GPU")
     text = (
         f"none ({driver.error}). Training runs on the CPU: right for trying out, for tests and for models of some "
         "million parameters, far too slow for billions"
     )
+    if absent and not torch.cpu_bf16:
+        return note(
+            "gpus",
+            f"{text}. This CPU has no instructions for bf16, which is the default",
+            "Train with precision=fp32: here it is several times as fast.",
+        )
     if absent:
         return note("gpus", text)
     return problem("gpus", f"{driver.error}. The driver or a GPU is not in order", "Ask whoever runs this machine.")

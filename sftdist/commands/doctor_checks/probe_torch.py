@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sftdist.commands.doctor_checks.probe import FACTS
+from sftdist.model.cpu import computes_bf16
 
 
 def main() -> int:
@@ -29,6 +30,7 @@ def facts() -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
         "architectures": torch.cuda.get_arch_list(),
         "gpus": [_gpu(number) for number in range(torch.cuda.device_count())],
+        "cpu_bf16": computes_bf16(),
         "why_no_gpu": _why_no_gpu(),
     }
 

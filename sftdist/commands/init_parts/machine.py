@@ -9,6 +9,7 @@ import torch
 from sftdist.core.errors import ConfigError
 from sftdist.core.settings import TrainConfig
 from sftdist.model import cost
+from sftdist.model.cpu import computes_bf16
 from sftdist.model.hardware import CPU, Cluster, named, recognised
 from sftdist.training.auto import this_machine
 
@@ -31,6 +32,8 @@ class Machine:
 
     @property
     def precision(self) -> str:
+        if self.on_cpu:
+            return "bf16" if computes_bf16() else "fp32"
         return "fp16" if self.cluster.gpu.name in WITHOUT_BF16 else "bf16"
 
     @property

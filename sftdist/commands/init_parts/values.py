@@ -41,12 +41,18 @@ class Seen:
     contract: str | None
 
 
+_PRECISION = {
+    "bf16": "16 bits with the range of float32: no loss scaling.",
+    "fp16": "This GPU has no bfloat16.",
+    "fp32": "This CPU has no instructions for bf16, and emulates it at a fraction of the rate.",
+}
+
+
 def values_of(seen: Seen) -> list[Value]:
     """In the order of the sections of a configuration."""
     precision = seen.machine.precision
-    why = "16 bits with the range of float32: no loss scaling." if precision == "bf16" else "This GPU has no bfloat16."
     return [
-        Value("precision", precision, why),
+        Value("precision", precision, _PRECISION[precision]),
         *_data(seen),
         *_model(seen),
         *_tune(seen),

@@ -105,7 +105,7 @@ def test_the_bounds_are_those_of_this_checkout() -> None:
     seen = versions.look()
     assert {"torch", "deepspeed", "transformers"} <= set(seen.shown) <= set(seen.required)
     assert "flash-attn" not in seen.required
-    assert seen.required["torch"].startswith(">=")
+    assert all(">=" in seen.required[name] for name in ("torch", "transformers"))
 
 
 # torch, GPUs and links
@@ -127,6 +127,15 @@ def test_gpus_that_torch_does_not_see(
     found = one(gpus.findings(torch, replace(SERVER, cuda=cuda), visible), "torch")
     assert found.state == State.problem
     assert all(word in f"{found.found} {found.advice}" for word in words), found
+
+
+@pytest.mark.parametrize(("computes", "advice"), [(True, ""), (False, "Train with precision=fp32")])
+def test_a_cpu_that_only_emulates_bf16(computes: bool, advice: str) -> None:
+    torch = Torch("2.13.0+cpu", cpu_bf16=computes)
+    found = one(gpus.findings(torch, Driver(error="nvidia-smi is not here"), None), "gpus")
+    assert found.state == State.note
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) == (not computes)
 
 
 def test_a_torch_that_cannot_be_imported() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from sftdist.commands.init import main
@@ -97,6 +98,18 @@ def test_little_memory_asks_for_adapters(model: Path, folder: Path) -> None:
         assert init(folder / "big", data, *words) == 0
         methods.append(compose("mine").tune.method.value)
     assert methods == ["full", "lora", "qlora"]
+
+
+@pytest.mark.parametrize(("flags", "precision"), [({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")])
+def test_a_cpu_trains_in_what_it_computes(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert init(model, written(folder / "my.jsonl", TEXT)) == 0
+    assert compose("mine").precision == precision
+    assert init(model, written(folder / "my.jsonl", TEXT), "--gpu", "h100", name="gpu") == 0
+    assert compose("gpu").precision == "bf16"
 
 
 def test_nothing_that_is_there_is_replaced(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
